@@ -1,0 +1,161 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from perennial.studies import StudyError, as_yaml, load, parse_setting, shipped
+
+app = typer.Typer(
+    name="perennial",
+    help="Keep neural networks able to learn: run studies of plasticity, and report them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+_console = Console()
+
+
+def _fail(message: object) -> typer.Exit:
+    Console(stderr=True).print(f"[bold red]Error:[/] {message}", highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+StudyArgument = Annotated[str, typer.Argument(help="A study that ships (`perennial list`), or a path to a YAML file.")]
+SeedsOption = Annotated[int | None, typer.Option(help="How many seeds, in every part.")]
+StepsOption = Annotated[int | None, typer.Option(help="How many steps, in every part.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change any setting, by its dotted name as `perennial show` prints it; a comma list is a grid. "
+        "Without `parts.NAME.` in front it is changed in every part that has it. May be repeated.",
+    ),
+]
+
+
+def _study(name: str, seeds: int | None, steps: int | None, settings: list[str] | None) -> Any:
+    try:
+        changes = dict(parse_setting(text) for text in settings or [])
+        if seeds is not None:
+            changes["seeds"] = seeds
+        if steps is not None:
+            changes["steps"] = steps
+        return load(name, changes)
+    except StudyError as error:
+        raise _fail(error) from None
+
+
+@app.command()
+def run(
+    study: StudyArgument,
+    seeds: SeedsOption = None,
+    steps: StepsOption = None,
+    settings: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory. Default: runs/STUDY.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the run that the directory holds; otherwise it is set aside and kept.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda where there is one.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Worker processes. Default: one a processor.")] = None,
+    save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.", min=0.0)] = 60.0,
+) -> None:
+    """Run a study and write its report.
+
+    Every method, at every point of its grid, with every seed, becomes a lane; lanes of the same structure are trained
+    side by side by one compiled program. Killed or stopped at any moment, the same command goes on where it was, and
+    ends with the same results.
+
+    Examples: `perennial run demo`; `perennial run permuted-digits --seeds 30 --set methods.adam.rule.lr=1e-2,1e-3`
+    """
+    from perennial.report import write_report
+    from perennial.runs import RunError, execute
+
+    expanded = _study(study, seeds, steps, settings)
+    directory = out or Path("runs") / study.replace("/", "-").removesuffix(".yaml")
+    try:
+        execute(
+            expanded,
+            directory,
+            resume=resume,
+            device=device,
+            workers=workers,
+            save_every=save_every,
+            console=Console(stderr=True),
+        )
+        page = write_report(directory)
+    except (RunError, OSError) as error:
+        raise _fail(error) from None
+    _summary(directory)
+    _console.print(f"Report: {page}", soft_wrap=True)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A run directory, finished or not.")]) -> None:
+    """Write a run's report again: report.html, figures and tables, from the results in the directory."""
+    from perennial.report import write_report
+
+    try:
+        page = write_report(directory)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+    _summary(directory)
+    _console.print(f"Report: {page}", soft_wrap=True)
+
+
+def _summary(directory: Path) -> None:
+    """The report's table in short: every method at its best setting."""
+    from perennial.report import summary_table
+
+    for part in (rows := summary_table(directory)).partition_by("Part", maintain_order=True):
+        table = Table(*rows.columns[1:], title=part["Part"][0], title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for _, method, *cells in part.iter_rows():
+            table.add_row(method, *(cell.partition(" [")[0] for cell in cells))  # intervals are in the report
+        _console.print(table)
+        _console.print()
+
+
+@app.command()
+def show(
+    study: StudyArgument, seeds: SeedsOption = None, steps: StepsOption = None, settings: SetOption = None
+) -> None:
+    """Print a study with everything spelled out, as YAML that can be saved, changed and run."""
+    sys.stdout.write(as_yaml(_study(study, seeds, steps, settings)))
+
+
+@app.command("list")
+def list_() -> None:
+    """List what ships: studies, streams, networks, and methods with their settings."""
+    import yaml
+
+    from perennial import methods, networks, streams
+    from perennial.methods import Rule
+
+    for title, entries in (
+        ("Studies", {name: yaml.safe_load(text).get("title", "") for name, text in shipped().items()}),
+        ("Streams", {s.name: _first_line(s) for s in streams.REGISTRY}),
+        ("Networks", {n.name: _first_line(n) for n in networks.REGISTRY}),
+        ("Optimizer rules", {m.name: _first_line(m) for m in methods.REGISTRY if issubclass(m, Rule)}),
+        ("Interventions", {m.name: _first_line(m) for m in methods.REGISTRY if not issubclass(m, Rule)}),
+    ):
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, line in entries.items():
+            table.add_row(f"[bold]{name}[/]", line)
+        _console.print(table)
+        _console.print()
+
+
+def _first_line(cls: type[Any]) -> str:
+    """The first sentence of a docstring, and the settings with their defaults."""
+    sentence = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+    settings = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
+    return sentence + (f" [dim]({settings})[/]" if settings else "")

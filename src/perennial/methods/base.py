@@ -1,0 +1,197 @@
+"""What a method is.
+
+A method is a frozen dataclass of hyper-parameters with two pure functions over plain dicts of tensors: ``init`` makes
+its state, ``step`` turns parameters and state into changed parameters and the next state. A :class:`Rule` turns
+gradients into an update; an :class:`Intervention` changes parameters after the rule has.
+
+The same functions run under ``vmap`` with a lane dimension added, compiled, in a loop, in float32 or float64. They must
+therefore be free of side effects, of Python control flow on tensor values and of shapes that depend on values; masks
+and ``torch.where`` do that work.
+
+Fields annotated :data:`Scalar` are numbers that may differ from lane to lane: inside ``step`` they can be 0-d tensors.
+All other fields (strings, booleans, ``None``) are structure: they choose which program is compiled. ``None`` in a
+scalar field takes the feature, its state and its cost out of the program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from perennial.noise import Noise
+from perennial.units import UnitMap, along
+
+Scalar: TypeAlias = float | Tensor
+"""A number, or a 0-d tensor where it differs between lanes."""
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""Tensors by the qualified name of the parameter they belong to (or have the shape of)."""
+
+State: TypeAlias = Any
+"""A method's own ``NamedTuple`` of tensors and dicts of tensors."""
+
+Touched: TypeAlias = Mapping[str, Mapping[int, Tensor]]
+"""Parameter name -> {dimension: bool [its length]}; see :meth:`perennial.units.UnitMap.touched`."""
+
+
+class Context(NamedTuple):
+    """What a method may look at in one step."""
+
+    grads: Tensors
+    """The gradient of the loss by parameter name, from before the step."""
+    activations: Tensors
+    """The activation of each unit layer in this step's forward pass, by layer name: [samples, units]."""
+    noise: Noise
+    """This step's random numbers, already scoped to the method."""
+    units: UnitMap
+    """The network's hidden units, and how its parameters were first drawn."""
+
+
+def number(
+    default: float | None,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Any:
+    """A field for a hyper-parameter from ``low`` to ``high``, the ends excluded where they are open.
+
+    None is a value of the field only if it is its default.
+    """
+    metadata = {"low": low, "high": high, "open_low": open_low, "open_high": open_high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def choice(default: str, *options: str) -> Any:
+    """A field for a name out of a closed list."""
+    return dataclasses.field(default=default, metadata={"options": options})
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method: ranges checked, a name, nothing else."""
+
+    name: ClassVar[str]
+    """Under which studies and the command line know it: the class name in snake case."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            where = f"{self.name}.{field.name}"
+            options = field.metadata.get("options")
+            if options is not None and value not in options:
+                raise ValueError(f"{where} is {value!r}; it is one of {', '.join(options)}")
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise TypeError(f"{where} is {value!r}; it is True or False")
+            absent = value is None and field.default is None
+            if "low" in field.metadata and not absent and not isinstance(value, Tensor):
+                _check_range(where, value, **field.metadata)
+
+    @classmethod
+    def scalars(cls) -> tuple[str, ...]:
+        """The fields that may differ between lanes."""
+        return tuple(f.name for f in dataclasses.fields(cls) if "low" in f.metadata)
+
+    def resolved(self, units: UnitMap) -> Method:
+        """The method with every field that follows from the network filled in. Most have none."""
+        return self
+
+    def init(self, params: Tensors, units: UnitMap) -> State:
+        """The state before the first step; ``()`` for a method without one."""
+        return ()
+
+    def step(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
+        """One step: the parameters that change, by name, and the next state."""
+        raise NotImplementedError(f"{type(self).__name__} defines no step")
+
+
+M = TypeVar("M", bound=Method)
+
+
+class Rule(Method):
+    """A method that turns gradients into an update."""
+
+    def reset(self, state: State, touched: Touched) -> State:
+        """Fresh weights get a fresh state.
+
+        In every dict of the state, a tensor shaped like its parameter goes back to zero where ``touched`` marks it; a
+        tuple of per-dimension counts (:func:`start_ages`) goes back to zero along the marked dimension. A rule whose
+        state starts elsewhere than at zero overrides this.
+        """
+        if not hasattr(state, "_fields"):
+            return state
+        return state._replace(
+            **{
+                name: {key: _cleared(entry, touched.get(key, {})) for key, entry in value.items()}
+                for name, value in state._asdict().items()
+                if isinstance(value, dict)
+            }
+        )
+
+
+class Intervention(Method):
+    """A method that changes parameters after the optimizer has."""
+
+    OFF: ClassVar[Mapping[str, float]] = {}
+    """The hyper-parameters at which it does nothing, bit for bit."""
+
+    def replaced(self, state: State) -> dict[str, Tensor]:
+        """Which units the last step re-initialised: layer name -> bool [units]. The caller resets the optimizer's
+        state there. Empty for a method that replaces none."""
+        return {}
+
+
+def _check_range(where: str, value: Any, low: float, high: float, open_low: bool, open_high: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where} is {value!r}, which is not a number")
+    below = value <= low if open_low else value < low
+    above = value >= high if open_high else value > high
+    if below or above or not math.isfinite(value):
+        lower = "" if low == -math.inf else f"{'above' if open_low else 'at least'} {low:g}"
+        upper = "" if high == math.inf else f"{'below' if open_high else 'at most'} {high:g}"
+        allowed = " and ".join(text for text in (lower, upper) if text) or "finite"
+        raise ValueError(f"{where} is {value:g}; it must be {allowed}")
+
+
+def _cleared(entry: Tensor | tuple[Tensor, ...], dims: Mapping[int, Tensor]) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(entry, tuple):
+        return tuple(
+            torch.where(along(dims[d], d, ages.dim()), torch.zeros_like(ages), ages) if d in dims else ages
+            for d, ages in enumerate(entry)
+        )
+    for dim, mask in dims.items():
+        entry = torch.where(along(mask, dim, entry.dim()), torch.zeros_like(entry), entry)
+    return entry
+
+
+def start_ages(param: Tensor) -> tuple[Tensor, ...]:
+    """Steps since each coordinate of a parameter was last reset, per dimension, each of shape [1, .., n, .., 1].
+
+    A weight is reset when its row is (its unit is fresh) or its column is (the unit that it reads is), so its own age
+    is the minimum over the dimensions: exact, at the price of a row and a column instead of a matrix.
+    """
+    return tuple(
+        param.new_zeros([n if d == dim else 1 for d in range(param.dim())]) for dim, n in enumerate(param.shape)
+    )
+
+
+def correction(ages: tuple[Tensor, ...], decay: Scalar) -> Tensor:
+    r"""What a moving average of ones has reached in every element: :math:`1 - \beta^t`, t the element's own age.
+
+    It grows with t, so the minimum over the dimensions is that of the youngest coordinate, and a power is computed for
+    a row and a column instead of a matrix. Broadcasts against the parameter.
+    """
+    return functools.reduce(torch.minimum, [1 - decay**age for age in ages])

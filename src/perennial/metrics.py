@@ -1,0 +1,66 @@
+"""How plastic a network is: one definition a name.
+
+Every metric is a pure function of activations or weights, and changes nothing. Where a metric does not apply the caller
+gets None and the reason, never a number that means something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dead_units(activations: Sequence[Tensor]) -> Tensor:
+    """Share of hidden units that are exactly zero on every sample, in [0, 1].
+
+    Dohare et al. (Nature, 2024). It means something for units with a rectifier only: a tanh unit is never zero.
+
+    Args:
+        activations: [samples, units] of each hidden layer.
+
+    Returns:
+        [].
+    """
+    dead = torch.stack([(h == 0).all(0).sum() for h in activations]).sum()
+    return dead / sum(h.shape[1] for h in activations)
+
+
+def weight_magnitude(weights: Sequence[Tensor]) -> Tensor:
+    """Mean absolute value over all weights and biases.
+
+    Dohare et al. (Nature, 2024). Every parameter counts by its number of elements.
+
+    Args:
+        weights: parameters of any shapes.
+
+    Returns:
+        [].
+    """
+    return torch.stack([w.abs().sum() for w in weights]).sum() / sum(w.numel() for w in weights)
+
+
+def effective_rank_entropy(features: Tensor) -> Tensor:
+    r"""How many directions the features spread over: :math:`\exp(-\sum_i p_i \ln p_i)`, with
+    :math:`p_i = \sigma_i / \sum_k \sigma_k` over the singular values.
+
+    Roy and Vetterli (2007), the "effective rank" of Dohare et al. (Nature, 2024). Computed in float64 through the Gram
+    matrix of the shorter side; singular values below :math:`10^{-7}` of the largest count as zero, as does the entropy
+    term of zero. Features that are all zero have rank 0.
+
+    Args:
+        features: [samples, features].
+
+    Returns:
+        [], float64, in [0, min(samples, features)].
+    """
+    x = features.to(torch.float64)
+    gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
+    squares = torch.linalg.eigvalsh(gram).clamp(min=0)
+    largest = squares.amax()
+    singular = torch.where(squares > largest * 1e-14, squares, 0.0).sqrt()
+    total = singular.sum()
+    share = singular / torch.where(total > 0, total, 1.0)
+    entropy = -(share * torch.where(share > 0, share, 1.0).log()).sum()
+    return torch.where(total > 0, entropy.exp(), 0.0)

@@ -1,0 +1,110 @@
+"""Networks that studies name. Any model factory will do from Python; these are the papers'."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "swish": nn.SiLU,
+    "linear": nn.Identity,
+}
+
+_GAINS = {
+    "sigmoid": 1.0,
+    "tanh": 5 / 3,
+    "elu": math.sqrt(2),
+    "relu": math.sqrt(2),
+    "leaky_relu": math.sqrt(2 / (1 + 0.01**2)),
+    "swish": math.sqrt(2),
+    "linear": 1.0,
+}
+"""What ``torch.nn.init.calculate_gain`` gives; it refuses ELU and swish, which get ReLU's as in the papers' code."""
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A multilayer perceptron; weights Kaiming-uniform, biases zero (or as torch.nn.Linear draws them)."""
+
+    name: ClassVar[str] = "mlp"
+
+    hidden: tuple[int, ...] = (5,)
+    """Units of each hidden layer."""
+    activation: str = "relu"
+    """One of sigmoid, tanh, elu, relu, leaky_relu, swish, linear."""
+    init: str = "kaiming"
+    """``kaiming``: uniform on +-gain * sqrt(3 / fan_in), the output layer with gain 1, zero biases, as in the Nature
+    paper's code. ``default``: as torch.nn.Linear."""
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"mlp.activation is {self.activation!r}; it is one of {', '.join(ACTIVATIONS)}")
+        if self.init not in ("kaiming", "default"):
+            raise ValueError(f"mlp.init is {self.init!r}; it is one of kaiming, default")
+        if any(not isinstance(n, int) or n < 1 for n in self.hidden):
+            raise ValueError(f"mlp.hidden is {self.hidden!r}; it lists whole numbers of units, each at least 1")
+
+    def build(self, inputs: int, outputs: int) -> nn.Module:
+        """The network for flat inputs; parameters drawn from torch's global generator."""
+        sizes = (inputs, *self.hidden, outputs)
+        layers: list[nn.Module] = []
+        for depth, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+            last = depth == len(sizes) - 2
+            linear = nn.Linear(fan_in, fan_out)
+            if self.init == "kaiming":
+                bound = (1.0 if last else _GAINS[self.activation]) * math.sqrt(3 / fan_in)
+                nn.init.uniform_(linear.weight, -bound, bound)
+                nn.init.zeros_(linear.bias)
+            layers += [linear] if last else [linear, ACTIVATIONS[self.activation]()]
+        return nn.Sequential(nn.Flatten(), *layers)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map with bias, drawn as the output layer of an MLP: the reference line of the papers' figures."""
+
+    name: ClassVar[str] = "linear"
+
+    def build(self, inputs: int, outputs: int) -> nn.Module:
+        """The network for flat inputs; parameters drawn from torch's global generator."""
+        return MLP(hidden=()).build(inputs, outputs)
+
+
+REGISTRY: tuple[type[MLP] | type[Linear], ...] = (MLP, Linear)
+
+
+def rectified(model: nn.Module) -> bool:
+    """Whether a unit of the network can be exactly zero on every sample (dead): it has a rectifier.
+
+    False where every activation function found is smooth or signed; True where none is found, since then nothing is
+    known.
+    """
+    signed = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.Identity, nn.GELU, nn.SELU, nn.Softplus, nn.Mish)
+    found = [m for m in model.modules() if isinstance(m, (nn.ReLU, nn.ReLU6, nn.Hardtanh, *signed))]
+    return not found or any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in found)
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of the squared error, summed over outputs. [batch, outputs] twice -> []."""
+    return ((output - target) ** 2).sum(-1).mean()
+
+
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of the negative log likelihood of the class. [batch, classes], int [batch] -> []."""
+    log_probability = output - output.logsumexp(-1, keepdim=True)
+    return -log_probability.gather(-1, target[:, None].long()).mean()
+
+
+def correct(output: Tensor, target: Tensor) -> Tensor:
+    """Share of the batch whose largest logit is the class. [batch, classes], int [batch] -> []."""
+    return (output.argmax(-1) == target).to(torch.float32).mean()

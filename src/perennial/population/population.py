@@ -1,0 +1,459 @@
+"""Many runs as one program."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from perennial import metrics, networks
+from perennial.methods import Context, Method, Rule
+from perennial.noise import Noise, seed_key
+from perennial.population.compiler import compile_step
+from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
+from perennial.streams import Stream
+from perennial.units import build_and_record, trace
+
+_CHUNK_BYTES = 1 << 25
+"""Examples are made this much at a time."""
+
+METRICS = ("dead_units", "weight_magnitude", "effective_rank_entropy", "units_replaced")
+"""What :meth:`Population.measure` can say, besides the online loss and accuracy."""
+
+
+class Population:
+    """Lanes that differ in seed and in any number of their methods, trained side by side by one compiled step.
+
+    Example::
+
+        lanes = [
+            Lane(seed, SGD(lr=0.01), (ContinualBackprop(replacement_rate=rate),))
+            for seed in range(30) for rate in (0.0, 1e-4)
+        ]
+        population = Population(lambda: MLP(hidden=(5,)).build(20, 1), SlowlyChangingRegression(), lanes)
+        table = population.run(1_000_000, bin=20_000)      # a polars table
+
+    All lanes must have the same structure: the same classes of methods with the same settings that are not numbers.
+
+    Args:
+        factory: makes the network, drawing its parameters from torch's global generator.
+        stream: what it learns.
+        lanes: the runs.
+        device: where; lanes never leave it.
+        dtype: of parameters, and of methods' numbers.
+        compiled: False runs the same functions uncompiled.
+        threads: processor threads for one step; None: torch's setting.
+
+    Raises:
+        ValueError: no lanes, lanes of different structure, a network that does not fit the stream or has buffers.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], nn.Module],
+        stream: Stream,
+        lanes: Sequence[Lane],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        if not lanes:
+            raise ValueError("a population needs at least one lane")
+        self.stream, self.device, self.dtype = stream, torch.device(device), dtype
+        self.threads = threads or torch.get_num_threads()
+        self.compiled = compiled
+        self.compile_seconds = 0.0
+        self.model, initial = self._build(factory, lanes[0].seed)
+        example = torch.zeros(2, stream.inputs)
+        self.units = trace(self.model, example, initial=initial)
+        self.lanes = tuple(Lane(lane.seed, *_split([m.resolved(self.units) for m in lane.methods])) for lane in lanes)
+        for lane in self.lanes:
+            if [structure(m) for m in lane.methods] != [structure(m) for m in self.lanes[0].methods]:
+                raise ValueError(
+                    f"lanes of one population differ in numbers only, but {lane.methods} and {self.lanes[0].methods} "
+                    "differ in structure; make one population of each"
+                )
+        self._check_fit(example)
+        seeds = sorted({lane.seed for lane in lanes})
+        self._lane_seed = torch.tensor([seeds.index(lane.seed) for lane in lanes], device=self.device)
+        self._own_seeds = self._lane_seed.tolist() == list(range(len(seeds)))
+        self.feed = stream.open(seeds, self.device)
+        self._numbers = hyper_parameters(self.lanes, dtype, self.device)
+        keys = [seed_key(lane.seed, "method") for lane in lanes]
+        self._keys = torch.tensor(keys, dtype=torch.int32, device=self.device).T.contiguous()  # [2, lanes]
+        self.state = self._start(factory, seeds)
+        self._step: Callable[[tuple[Tensor, ...]], Any] | None = None
+
+    # --- making -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _build(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        high, low = seed_key(seed, "init")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((high & 0xFFFFFFFF) << 32 | low & 0xFFFFFFFF)
+            model, initial = build_and_record(factory)
+        if list(model.buffers()):
+            names = ", ".join(name for name, _ in model.named_buffers())
+            raise ValueError(f"networks with buffers ({names}) cannot be stacked in lanes yet")
+        return model.train(), initial
+
+    def _check_fit(self, example: Tensor) -> None:
+        try:
+            out = self.model(example)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the network does not take the inputs of {self.stream.name}, {tuple(example.shape[1:])}: {error}"
+            ) from error
+        if out.shape != (2, self.stream.outputs):
+            raise ValueError(
+                f"the network gives {tuple(out.shape[1:])} numbers for an example of {self.stream.name}, which needs "
+                f"({self.stream.outputs},)"
+            )
+
+    def _start(self, factory: Callable[[], nn.Module], seeds: Sequence[int]) -> LaneState:
+        drawn = {}
+        for seed in seeds:
+            model, _ = self._build(factory, seed)
+            drawn[seed] = {n: p.detach().to(self.device, self.dtype) for n, p in model.named_parameters()}
+
+        def one(lane: Lane) -> LaneState:
+            params = drawn[lane.seed]
+            zero = torch.zeros((), dtype=torch.int32, device=self.device)
+            total = zero.to(torch.float64)
+            states = tuple(method.init(params, self.units) for method in lane.methods)
+            return LaneState(params, states, zero, zero - 1, zero, total, total)
+
+        first = one(self.lanes[0])
+        leaves, self._spec = pytree.tree_flatten(first)
+        stacked = [torch.empty((*leaf.shape, len(self.lanes)), dtype=leaf.dtype, device=self.device) for leaf in leaves]
+        for position, lane in enumerate(self.lanes):
+            for target, leaf in zip(stacked, pytree.tree_leaves(one(lane)), strict=True):
+                target[..., position] = leaf
+        return pytree.tree_unflatten(stacked, self._spec)  # type: ignore[no-any-return]
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _forward(self, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, and every unit layer's activation [samples, units]."""
+        with _Taps(params, [layer.tap for layer in self.units]) as taps:
+            output = functional_call(self.model, params, (x,))
+        return output, {layer.name: layer.activation(taps.seen[layer.tap]) for layer in self.units}
+
+    def _lane_step(self, state: LaneState, numbers: dict[str, Tensor], key: Tensor, x: Tensor, y: Tensor) -> LaneState:
+        """One step of one lane: pure. ``vmap`` and the compiler do the rest."""
+        regression = self.stream.task == "regression"
+
+        def objective(params: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+            output, activations = self._forward(params, x)
+            loss = networks.squared_error(output, y) if regression else networks.cross_entropy(output, y)
+            return loss, (output, activations)
+
+        grads, (loss, (output, activations)) = grad_and_value(objective, has_aux=True)(state.params)
+        rule, *interventions = bind(self.lanes[0].methods, numbers)
+        noise = Noise(key, state.step)
+        context = Context(grads, activations, noise.scoped(rule.name), self.units)
+        params = dict(state.params)
+        changed, rule_state = rule.step(params, state.methods[0], context)
+        params |= changed
+        states: list[Any] = []
+        replaced = state.replaced
+        for method, old in zip(interventions, state.methods[1:], strict=True):
+            changed, new = method.step(params, old, context._replace(noise=noise.scoped(method.name)))
+            params |= changed
+            states.append(new)
+            fresh = method.replaced(new)  # type: ignore[attr-defined]
+            if fresh:
+                touched = self.units.touched(fresh, {name: w.shape for name, w in params.items()})
+                rule_state = rule.reset(rule_state, touched)  # type: ignore[attr-defined]
+                for mask in fresh.values():
+                    replaced = replaced + mask.sum(dtype=torch.int32)
+        correct = state.correct if regression else state.correct + networks.correct(output, y)
+        return LaneState(
+            params,
+            (rule_state, *states),
+            state.step + 1,
+            state.diverged,
+            replaced,
+            state.loss + loss,
+            correct,
+        )
+
+    def _flat_step(self, *tensors: Tensor) -> list[Tensor]:
+        """The step of all lanes on flat lists of tensors whose last dimension is the lane."""
+        names = list(self._numbers)
+        count = len(tensors) - len(names) - 3
+        state = pytree.tree_unflatten(list(tensors[:count]), self._spec)
+        numbers = dict(zip(names, tensors[count : count + len(names)], strict=True))
+        key, x, y = tensors[-3:]
+        if len(self.lanes) == 1:
+            one = pytree.tree_map(lambda t: t[..., 0], (state, numbers, key, x, y))
+            return [t[..., None] for t in pytree.tree_leaves(self._lane_step(*one))]
+        new = vmap(self._lane_step, in_dims=-1, out_dims=-1)(state, numbers, key, x, y)
+        return pytree.tree_leaves(new)
+
+    def _compile(self, x: Tensor, y: Tensor) -> None:
+        leaves = pytree.tree_leaves(self.state)
+        constants = [*self._numbers.values(), self._keys]
+        begun = time.perf_counter()
+        native = None
+        if self.compiled:
+            native = compile_step(self._flat_step, leaves, [*constants, x, y], len(self.lanes), self.threads)
+
+        def plain(tensors: list[Tensor]) -> None:
+            with torch.no_grad():
+                for target, new in zip(leaves, self._flat_step(*tensors), strict=True):
+                    target.copy_(new)
+
+        run = native or plain
+        self._step = lambda example: run([*leaves, *constants, *example])
+        self.compile_seconds += time.perf_counter() - begun
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    @property
+    def steps_made(self) -> int:
+        """Steps that every lane has made."""
+        return int(self.state.step.reshape(-1)[0])
+
+    def _batches(self, start: int, count: int) -> list[tuple[Tensor, ...]]:
+        """The examples of each step with the lane last: inputs [batch, ..., lanes], targets [batch, ..., lanes]."""
+        inputs, targets = self.feed.examples(start, count)
+        both = []
+        for tensor in (inputs.to(self.dtype), targets):
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.dtype)
+            if not self._own_seeds:
+                tensor = tensor.index_select(-1, self._lane_seed)
+            both.append(tensor.contiguous().unbind(0))
+        return list(zip(*both, strict=True))
+
+    def chunk_length(self) -> int:
+        """Steps whose examples are made at once; depends on the population alone."""
+        wide = self.stream.inputs * len(self.lanes) * 4
+        return max(1, min(1000, _CHUNK_BYTES // wide))
+
+    def advance(self, steps: int) -> None:
+        """Train every lane for ``steps`` more steps.
+
+        How the steps are cut into calls changes no bit of the result.
+        """
+        done = self.steps_made
+        end = done + steps
+        while done < end:
+            length = self.chunk_length()
+            stop = min(end, (done // length + 1) * length)
+            self._advance_chunk(done, stop - done)
+            done = stop
+
+    def _advance_chunk(self, start: int, count: int) -> None:
+        """A chunk at full speed; only if a lane diverged in it, once more step by step to find out where.
+
+        Nothing in the compiled step looks for non-finite numbers: that would cost it another pass over memory. Lanes
+        never touch each other, so a diverged one may compute on; what it held before is put back at the chunk's end.
+        """
+        leaves = pytree.tree_leaves(self.state)
+        before = [leaf.clone() for leaf in leaves]
+        self._run_steps(start, count)
+        if bool(self._gone_wrong().any()):
+            for leaf, old in zip(leaves, before, strict=True):
+                leaf.copy_(old)
+            for step in range(start, start + count):
+                last = [leaf.clone() for leaf in leaves]
+                self._run_steps(step, 1)
+                newly = self._gone_wrong()
+                for leaf, old in zip(before, last, strict=True):
+                    torch.where(newly, old, leaf, out=leaf)
+                self.state.diverged.masked_fill_(newly, step)
+        gone = self.state.diverged >= 0
+        if bool(gone.any()):
+            for now, old in zip(self._frozen_parts(leaves), self._frozen_parts(before), strict=True):
+                now.copy_(torch.where(gone, old, now))
+
+    def _frozen_parts(self, leaves: list[Tensor]) -> list[Tensor]:
+        """What stays as it was once a lane has diverged: parameters, methods' state, units replaced."""
+        state: LaneState = pytree.tree_unflatten(leaves, self._spec)
+        parts: list[Tensor] = pytree.tree_leaves((state.params, state.methods, state.replaced))
+        return parts
+
+    def _run_steps(self, start: int, count: int) -> None:
+        examples = self._batches(start, count)
+        if self._step is None:
+            self._compile(*self._batches(start, 1)[0])
+            assert self._step is not None
+        collecting = gc.isenabled()
+        gc.disable()  # a step makes no cycles, and looking for them costs a tenth of the time
+        try:
+            for example in examples:
+                self._step(example)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _gone_wrong(self) -> Tensor:
+        """Lanes not yet known as diverged whose loss or weights are not finite, bool [lanes]."""
+        finite = torch.isfinite(self.state.loss)
+        for w in self.state.params.values():
+            finite &= torch.isfinite(w.sum(tuple(range(w.dim() - 1)), dtype=torch.float64))
+        return ~finite & (self.state.diverged < 0)
+
+    def collect(self, steps: int) -> dict[str, Tensor]:
+        """The mean online loss (and accuracy) over the ``steps`` since the last call, float64 [lanes]; empties the
+        sums."""
+        found = {"online_loss": self.state.loss / steps}
+        if self.stream.task == "classification":
+            found["online_accuracy"] = self.state.correct / steps
+        self.state.loss.nan_to_num_().zero_()
+        self.state.correct.nan_to_num_().zero_()
+        gone = self.state.diverged >= 0
+        return {name: torch.where(gone, torch.nan, value) for name, value in found.items()}
+
+    def measure(self, names: Sequence[str] = METRICS, samples: int = 1000) -> dict[str, Tensor]:
+        """Diagnostics of every lane now, float64 [lanes], on fresh inputs of the task in force; changes nothing.
+
+        A metric that does not apply to this network is missing from the answer; :meth:`inapplicable` says why.
+        """
+        wanted = [name for name in names if name not in self.inapplicable()]
+        found: dict[str, Tensor] = {}
+        if "units_replaced" in wanted:
+            found["units_replaced"] = self.state.replaced / sum(layer.size for layer in self.units)
+        if "weight_magnitude" in wanted:
+            magnitude = vmap(lambda p: metrics.weight_magnitude(list(p.values())), in_dims=-1)
+            found["weight_magnitude"] = magnitude(self.state.params)
+        if {"dead_units", "effective_rank_entropy"} & set(wanted):
+            probe = self.feed.probe(self.steps_made, samples).to(self.dtype)
+
+            def one(params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+                hidden = list(self._forward(params, x)[1].values())
+                return {
+                    "dead_units": metrics.dead_units(hidden),
+                    "effective_rank_entropy": metrics.effective_rank_entropy(torch.nan_to_num(hidden[-1])),
+                }
+
+            with torch.no_grad():
+                found |= vmap(one, in_dims=-1)(self.state.params, probe.index_select(-1, self._lane_seed))
+        gone = self.state.diverged >= 0
+        return {name: torch.where(gone, torch.nan, found[name].to(torch.float64)) for name in wanted}
+
+    def inapplicable(self) -> dict[str, str]:
+        """Metrics that mean nothing for this network, with the reason."""
+        found = {}
+        if not len(self.units):
+            reason = "the network has no hidden units"
+            found = dict.fromkeys(("dead_units", "effective_rank_entropy", "units_replaced"), reason)
+        elif not networks.rectified(self.model):
+            found["dead_units"] = "the network has no rectifier: its units are never exactly zero"
+        return found
+
+    def run(self, steps: int, *, bin: int, measure_every: int | None = None) -> Any:
+        """Train for ``steps`` steps and return a tidy polars table.
+
+        Args:
+            steps: at least ``bin``.
+            bin: steps over which online loss and accuracy are averaged.
+            measure_every: steps between diagnostics; None: every bin.
+
+        Returns:
+            Columns ``lane``, ``seed``, ``metric``, ``step`` (steps made at the end of the bin) and ``value``.
+        """
+        import polars
+
+        rows: list[dict[str, Any]] = []
+        for step, values in self.records(steps, bin=bin, measure_every=measure_every or bin):
+            for name, lanes in values.items():
+                for number, value in enumerate(lanes.tolist()):
+                    rows.append(
+                        {"lane": number, "seed": self.lanes[number].seed, "metric": name, "step": step, "value": value}
+                    )
+        return polars.DataFrame(rows)
+
+    def records(
+        self, steps: int, *, bin: int, measure_every: int, pulse: Callable[[int], None] = lambda step: None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Train up to ``steps`` steps in all and yield (step, {metric: [lanes]}) at the end of every bin.
+
+        Starts where the population stands, within a bin or between two.
+
+        Args:
+            steps: steps in all, at least ``bin``.
+            bin: steps over which online loss and accuracy are averaged.
+            measure_every: steps between diagnostics, a multiple of ``bin``; the end is always measured.
+            pulse: called with the steps made, between the chunks of a bin: a place to save, or to stop by raising.
+        """
+        if not 1 <= bin <= steps:
+            raise ValueError(f"bin is {bin}; it must be at least 1 and at most the {steps} steps of the run")
+        if measure_every % bin:
+            raise ValueError(f"measure_every is {measure_every}; it must be a multiple of bin, {bin}")
+        chunk = self.chunk_length()
+        while (done := self.steps_made) < steps:
+            begin = done // bin * bin
+            end = min(begin + bin, steps)
+            while done < end:
+                stop = min(end, (done // chunk + 1) * chunk)
+                self.advance(stop - done)
+                done = stop
+                if done < end:
+                    pulse(done)
+            values = self.collect(end - begin)
+            if end % measure_every == 0 or end == steps:
+                values |= self.measure()
+            yield end, values
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that the lanes carry, by its path; nothing but tensors."""
+        paths, _ = pytree.tree_flatten_with_path(self.state)
+        return {pytree.keystr(path): leaf for path, leaf in paths}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Take up a saved state, bit for bit. The population must be made of the same lanes."""
+        mine = self.state_dict()
+        if mine.keys() != saved.keys():
+            missing = sorted(mine.keys() ^ saved.keys())
+            raise ValueError(f"the saved state is of another population: {', '.join(missing[:5])} do not match")
+        for name, leaf in mine.items():
+            if leaf.shape != saved[name].shape or leaf.dtype != saved[name].dtype:
+                raise ValueError(
+                    f"the saved state is of another population: {name} is {tuple(saved[name].shape)} "
+                    f"{saved[name].dtype} there and {tuple(leaf.shape)} {leaf.dtype} here"
+                )
+            leaf.copy_(saved[name])
+
+    @property
+    def bytes_per_lane(self) -> int:
+        """Memory that one lane's state takes."""
+        leaves = pytree.tree_leaves(self.state)
+        return int(sum(leaf.numel() * leaf.element_size() for leaf in leaves)) // len(self.lanes)
+
+
+class _Taps(TorchFunctionMode):
+    """Keeps what the readers of hidden units were given."""
+
+    def __init__(self, params: dict[str, Tensor], taps: Sequence[str]) -> None:
+        super().__init__()
+        self.wanted = {id(params[tap]): tap for tap in taps}
+        self.seen: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (F.linear, F.conv1d, F.conv2d, F.conv3d) and id(args[1]) in self.wanted:
+            self.seen[self.wanted[id(args[1])]] = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _split(methods: Sequence[Method]) -> tuple[Rule, tuple[Any, ...]]:
+    rule, *interventions = methods
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{rule} is not an optimizer rule")
+    return rule, tuple(interventions)

@@ -1,0 +1,313 @@
+"""The figures. What they draw is in the tables, and nothing else is drawn."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from perennial.report.load import Part
+from perennial.report.looks import Look
+from perennial.report.series import LOSS, measure
+from perennial.report.statistics import LEVEL, Floats
+from perennial.report.svg import Drawing, drawing_style, render
+from perennial.report.tables import method_of
+from perennial.report.words import examples, number
+
+WIDE, NARROW = (780, 400), (480, 290)
+"""Width and height in points of a figure over the whole page, and of one of two beside each other."""
+LABEL = 11.0
+"""Size of all text, in points."""
+_LEFT, _TOP, _BOTTOM, _GAP = 58.0, 34.0, 46.0, 26.0
+_MARKS = 6  # markers on a line
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    figure: Figure
+    axes: Axes
+    plot_share: float
+    line_height: float  # of one label, as a share of the axes' height
+
+
+def curve_figure(
+    name: str, title: str, part: Part, frame: pl.DataFrame, looks: dict[str, Look], wide: bool
+) -> Drawing | None:
+    """One metric against examples seen, a line with its interval a method. None if there is no number to draw.
+
+    Args:
+        name: of the drawing.
+        title: of the drawing.
+        part: names the methods.
+        frame: rows of one metric of :class:`perennial.report.tables.Tables`'s curves or diagnostics.
+        looks: by method key.
+        wide: over the whole page, or one of two beside each other.
+    """
+    lines = _lines(part, frame, "step")
+    if not lines:
+        return None
+    metric = frame.get_column("metric")[0]
+    shown = measure(metric)
+    with drawing_style(name):
+        canvas = _canvas(part, len(lines), WIDE if wide else NARROW)
+        axes = canvas.axes
+        for at, (key, line) in enumerate(lines.items()):
+            _draw(axes, line, looks[key], at, len(lines), key, reference=method_of(part, key).linear)
+            gone = line.only(line.leaves)
+            axes.plot(gone.x, gone.mean, "x", color=looks[key].colour, markersize=7, markeredgewidth=1.8, zorder=4)
+        _vertical(axes, shown.share, list(lines.values()), logarithmic=metric == LOSS)
+        axes.set_xlim(0, max(line.x[-1] for line in lines.values()))
+        axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: examples(value)))
+        axes.set_xlabel("examples seen", labelpad=7, fontsize=LABEL)
+        if not wide:
+            _heading(canvas, shown.label)
+        else:
+            better = "higher" if shown.higher_is_better else "lower"
+            _heading(canvas, f"{shown.label} ({better} is better)")
+        _label_ends(canvas, part, lines, looks)
+        ends = "; ".join(
+            f"{method_of(part, key).label} {_spoken(line.mean[-1], shown.share)}" for key, line in lines.items()
+        )
+        description = f"{shown.label} against examples seen, {_means(lines)}. At the end: {ends}."
+        return render(canvas.figure, name, title, description, canvas.plot_share)
+
+
+def sensitivity_figure(
+    name: str, title: str, part: Part, frame: pl.DataFrame, metric: str, looks: dict[str, Look]
+) -> Drawing | None:
+    """Average performance against one swept number, a line a method. None if there is no number to draw.
+
+    Args:
+        name: of the drawing.
+        title: of the drawing.
+        part: names the methods.
+        frame: rows of one number of :class:`perennial.report.tables.Tables`'s sensitivity.
+        metric: that performance is measured by.
+        looks: by method key.
+    """
+    lines = _lines(part, frame, "value")
+    if not lines:
+        return None
+    shown = measure(metric)
+    values = sorted(set(frame.get_column("value")))
+    place = dict(zip(values, positions(values), strict=True))
+    broken = place[values[0]] != values[0] and values[0] == 0
+    with drawing_style(name):
+        canvas = _canvas(part, len(lines), NARROW)
+        axes = canvas.axes
+        for at, (key, line) in enumerate(lines.items()):
+            zero = line.x == 0 if broken else np.zeros(len(line.x), dtype=bool)
+            moved = line.moved(place)
+            axes.vlines(moved.x, moved.low, moved.high, color=looks[key].colour, linewidth=1.2, alpha=0.7)
+            for kept in filter(np.any, (zero, ~zero)):  # no line across the break
+                group = moved.only(kept)
+                _draw(axes, group, looks[key], at, len(lines), key, reference=False, every=True)
+        for key, value in frame.filter(pl.col("mean").is_null()).select("method", "value").iter_rows():
+            colour, top = looks[key].colour, axes.get_xaxis_transform()
+            axes.plot([place[value]], [0.97], "x", color=colour, markersize=7, markeredgewidth=1.8, transform=top)
+        _vertical(axes, shown.share, list(lines.values()), logarithmic=metric == LOSS)
+        _horizontal(axes, place, broken)
+        axes.set_xlabel(frame.get_column("number")[0], labelpad=7, fontsize=LABEL)
+        _heading(canvas, f"Average {shown.label.lower()} over the run")
+        _label_ends(canvas, part, {key: line.moved(place) for key, line in lines.items()}, looks)
+        best = "; ".join(
+            f"{method_of(part, key).label} from {_spoken(np.nanmin(line.mean), shown.share)} "
+            f"to {_spoken(np.nanmax(line.mean), shown.share)}"
+            for key, line in lines.items()
+        )
+        description = f"Average {shown.label.lower()} over the run against {title}, {_means(lines)}. {best}."
+        return render(canvas.figure, name, title, description, canvas.plot_share)
+
+
+@dataclass(frozen=True)
+class _Line:
+    x: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+    leaves: NDArray[np.bool_]  # whether a lane diverges right after the point, so that the mean goes on with fewer
+
+    def only(self, kept: NDArray[np.bool_]) -> _Line:
+        return _Line(self.x[kept], self.mean[kept], self.low[kept], self.high[kept], self.leaves[kept])
+
+    def moved(self, place: dict[float, float]) -> _Line:
+        return replace(self, x=np.array([place[x] for x in self.x]))
+
+
+def _lines(part: Part, frame: pl.DataFrame, x: str) -> dict[str, _Line]:
+    """The lines that have a number, up to their last one, by method; reference lines first, below the others."""
+    found = {}
+    for method in sorted(part.methods, key=lambda method: not method.linear):
+        rows = frame.filter(pl.col("method") == method.key).sort(x)
+        at, mean, low, high, lanes = (
+            rows.get_column(name).cast(pl.Float64).to_numpy() for name in (x, "mean", "low", "high", "lanes")
+        )
+        known = np.flatnonzero(np.isfinite(mean))
+        if len(known):
+            line = _Line(at, mean, low, high, leaves=np.append(np.diff(lanes) < 0, False))
+            found[method.key] = line.only(np.arange(len(at)) <= known[-1])
+    return found
+
+
+def _canvas(part: Part, lines: int, size: tuple[int, int]) -> _Canvas:
+    width, least = size
+    # Room for every method's name, also of those that are not drawn here: all figures of a part have one width.
+    longest = max(TextPath((0, 0), method.label, size=LABEL).vertices[:, 0].max() for method in part.methods)
+    right = min(longest + _GAP + 8, 0.4 * width)
+    height = max(float(least), _TOP + _BOTTOM + lines * LABEL * 1.4)
+    figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
+    inner = height - _TOP - _BOTTOM
+    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, (width - _LEFT - right) / width, inner / height))
+    axes.tick_params(labelsize=LABEL)
+    # A narrow screen cuts the figure off here: past the label of the last tick, before the names of the lines.
+    return _Canvas(figure, axes, round((width - right + 20) / width, 4), LABEL * 1.35 / inner)
+
+
+def _draw(
+    axes: Axes, line: _Line, look: Look, at: int, count: int, key: str, *, reference: bool, every: bool = False
+) -> None:
+    width = 1.4 if reference else 1.8
+    style: Any = (0, tuple(length / width for length in look.dash)) if look.dash else "solid"
+    axes.fill_between(line.x, line.low, line.high, color=look.colour, alpha=0.15, linewidth=0)
+    step = max(1, len(line.x) // _MARKS)
+    axes.plot(
+        line.x,
+        line.mean,
+        color=look.colour,
+        linewidth=width,
+        linestyle=style,
+        marker=look.marker or ("." if every else ""),
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        # Each method's markers stand elsewhere along the line, so that none covers another's.
+        markevery=1 if every else (at * step // count, step),
+        gid=f"line-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}-{len(axes.lines)}",
+        zorder=2 if reference else 3,
+    )
+
+
+def _vertical(axes: Axes, share: bool, lines: list[_Line], *, logarithmic: bool) -> None:
+    means = np.concatenate([line.mean[np.isfinite(line.mean)] for line in lines])
+    if logarithmic and means.min() > 0 and means.max() / means.min() > 30:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    if share:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    if means.min() == means.max():
+        margin = abs(means.max()) * 0.5 or 1.0
+        axes.set_ylim(means.min() - margin, means.max() + margin)
+
+
+def positions(values: Sequence[float]) -> list[float]:
+    """Where the values of a swept number stand on the axis, in order.
+
+    As they are where they span no more than 10 times; else their base-10 logarithm, and zero, which has none, left of
+    a break in the axis. Values below zero are not put on a logarithm.
+    """
+    positive = [value for value in values if value > 0]
+    if min(values) < 0 or not positive or max(positive) <= 10 * min(positive):
+        return list(values)
+    logs = [math.log10(value) for value in positive]
+    gap = max(0.5, 0.16 * (logs[-1] - logs[0]))
+    return ([logs[0] - gap] if values[0] == 0 else []) + logs
+
+
+def _horizontal(axes: Axes, place: dict[float, float], broken: bool) -> None:
+    at = list(place.values())
+    span = at[-1] - at[0] or 1.0
+    axes.set_xlim(at[0] - 0.05 * span, at[-1] + 0.05 * span)
+    shown: list[float] = []
+    for value in place:  # as many labels as fit beside each other
+        if not shown or place[value] - place[shown[-1]] > 0.12 * span:
+            shown.append(value)
+    axes.set_xticks([place[value] for value in shown], [number(value) for value in shown])
+    axes.set_xticks(at, minor=True)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if broken:
+        middle = (at[0] + at[1]) / 2
+        for side in (-0.012, 0.012):
+            centre = middle + side * span
+            tilt = 0.008 * span
+            axes.plot(
+                [centre - tilt, centre + tilt],
+                [-0.022, 0.022],
+                color="#8a8a8a",
+                linewidth=1,
+                clip_on=False,
+                transform=axes.get_xaxis_transform(),
+            )
+
+
+def _heading(canvas: _Canvas, text: str) -> None:
+    width, height = canvas.figure.get_size_inches() * 72
+    canvas.figure.text(10 / width, 1 - 20 / height, text, fontsize=LABEL, color="#2b2b2b", fontweight="bold")
+
+
+def _label_ends(canvas: _Canvas, part: Part, lines: dict[str, _Line], looks: dict[str, Look]) -> None:
+    """Names at the right end of the lines, moved apart where they would cover each other."""
+    axes = canvas.axes
+    ends = {}
+    for key, line in lines.items():
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform((line.x[-1], line.mean[-1])))
+        ends[key] = (float(x), float(y))
+    order = sorted(ends, key=lambda key: ends[key][1])
+    levels = spread([ends[key][1] for key in order], canvas.line_height)
+    inner = axes.get_window_extent().width / canvas.figure.dpi * 72
+    for key, level in zip(order, levels, strict=True):
+        x, y = ends[key]
+        elbow, start = 1 + 5 / inner, 1 + (_GAP - 8) / inner
+        reaches = x > 0.94  # from a line that ends early, a leader would cross the others
+        axes.plot(
+            [x if reaches else elbow, elbow, start],
+            [y if reaches else level, y if reaches else level, level],
+            color=looks[key].colour,
+            linewidth=0.9,
+            alpha=0.8,
+            transform=axes.transAxes,
+            clip_on=False,
+        )
+        label = method_of(part, key).label
+        axes.text(1 + (_GAP - 4) / inner, level, label, transform=axes.transAxes, va="center_baseline", fontsize=LABEL)
+
+
+def spread(levels: Sequence[float], distance: float) -> list[float]:
+    """Levels in ascending order moved apart to at least ``distance`` within [0, 1], as little as may be."""
+    groups: list[tuple[float, int]] = []  # centre and number of labels that touch
+    for level in levels:
+        centre, count = _within(level, 1, distance), 1
+        while groups and centre - count * distance / 2 < groups[-1][0] + groups[-1][1] * distance / 2:
+            below, many = groups.pop()
+            count += many
+            centre = _within((centre * (count - many) + below * many) / count, count, distance)
+        groups.append((centre, count))
+    return [centre + (i - (count - 1) / 2) * distance for centre, count in groups for i in range(count)]
+
+
+def _within(centre: float, count: int, distance: float) -> float:
+    """The centre of a group moved so that the group lies in [0, 1]; from 0 upwards if it is too large."""
+    half = count * distance / 2
+    return max(min(centre, 1 - half), half)
+
+
+def _means(lines: dict[str, _Line]) -> str:
+    known = any(np.isfinite(line.low).any() for line in lines.values())
+    return f"mean over seeds with {100 * LEVEL:g}% intervals" if known else "of one seed"
+
+
+def _spoken(value: float, share: bool) -> str:
+    return f"{100 * value:.3g}%" if share else f"{value:.3g}"

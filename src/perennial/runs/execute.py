@@ -1,0 +1,248 @@
+"""Running a study: plan, workers, progress, and what is left behind."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import queue
+import shlex
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import polars
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+import perennial
+from perennial.runs.directory import RESULT_SCHEMA, JobFolder, RunError, read_json, write, write_json, write_table
+from perennial.runs.job import work
+from perennial.runs.plan import Job, lanes_of, make_plan, read_plan
+from perennial.studies import Study, as_yaml
+
+
+class Interrupted(RunError):
+    """Ctrl-C; everything up to now is saved."""
+
+
+def execute(
+    study: Study,
+    directory: Path,
+    *,
+    resume: bool = True,
+    device: str = "auto",
+    workers: int | None = None,
+    save_every: float = 60.0,
+    console: Console | None = None,
+) -> None:
+    """Run a study to the end in a directory, going on from what is there.
+
+    Args:
+        study: expanded and checked (:func:`perennial.studies.load`).
+        directory: made if absent.
+        resume: False sets an earlier run of this directory aside (renames it) and begins anew.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        workers: processes; None: as many as processors.
+        save_every: seconds between checkpoints of a job.
+        console: where progress goes.
+
+    Raises:
+        RunError: the directory holds another study, cannot be written, or a worker failed.
+        Interrupted: Ctrl-C; run again to go on.
+    """
+    console = console or Console(stderr=True)
+    where = choose_device(device)
+    count = workers if workers is not None else (os.cpu_count() or 1)
+    if count < 1:
+        raise RunError(f"--workers is {count}; it must be at least 1")
+    jobs = _prepare(study, directory, resume, count, where)
+    _note_environment(directory, finished=None)
+    threads = max(1, (os.cpu_count() or 1) // count)
+    options = {"device": str(where), "threads": threads, "save_every": save_every}
+    left = [job for job in jobs if not JobFolder(directory / "jobs" / job.name).manifest["finished"]]
+    if left:
+        _train(study, directory, left, min(count, len(left)), options, console)
+    _gather(study, directory, jobs)
+    _note_environment(directory, finished=_now())
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``--device`` names, if it is there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise RunError(f"--device is {name!r}; it is one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: this PyTorch sees no CUDA device; use --device cpu, or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _prepare(study: Study, directory: Path, resume: bool, workers: int, device: torch.device) -> list[Job]:
+    text = as_yaml(study)
+    held = directory / "study.yaml"
+    if held.exists() and not resume:
+        number = next(n for n in range(1, 10_000) if not directory.with_name(f"{directory.name}.{n}").exists())
+        os.replace(directory, directory.with_name(f"{directory.name}.{number}"))
+    if held.exists():
+        if held.read_text() != text:
+            raise RunError(
+                f"{directory} holds a run of another study or other settings; name another folder with --out, or set "
+                "that run aside with --no-resume"
+            )
+        planned = read_json(directory / "plan.json")
+        if planned is not None:
+            return read_plan(planned)
+    elif directory.exists() and any(directory.iterdir()):
+        raise RunError(f"{directory} is not empty and holds no run; name another folder with --out")
+    try:
+        jobs = make_plan(study, workers, device)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    write(held, text.encode())
+    write_json(directory / "plan.json", [job.as_json() for job in jobs])
+    return jobs
+
+
+def _train(
+    study: Study, directory: Path, jobs: list[Job], workers: int, options: dict[str, Any], console: Console
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, _progress(console) as progress:
+        messages, stop = manager.Queue(), manager.Event()
+        bars = _bars(progress, study, directory, jobs)
+        pool = ProcessPoolExecutor(workers, mp_context=context)
+        running: dict[Future[str | None], str] = {}
+        try:
+            for job in jobs:
+                running[pool.submit(work, str(directory), job.name, options, messages, stop)] = job.name
+            problems = _watch(running, messages, bars)
+        except KeyboardInterrupt:
+            progress.console.print("Stopping: saving what is done ...")
+            stop.set()
+            for future in running:
+                future.cancel()
+            wait([f for f in running if not f.cancelled()])
+            raise Interrupted(
+                f"stopped; everything up to now is saved in {directory}. Run the same command again to go on"
+            ) from None
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    if problems:
+        raise RunError("\n".join(problems))
+
+
+def _watch(running: dict[Future[str | None], str], messages: Any, bars: Callable[[str, int], None]) -> list[str]:
+    """Show progress until all jobs are done; what went wrong, in words."""
+    problems: list[str] = []
+    while True:
+        done = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION).done
+        while True:
+            try:
+                bars(*messages.get_nowait())
+            except queue.Empty:
+                break
+        for future in list(done):
+            if future.cancelled():
+                continue
+            error = future.exception()
+            if error is not None:
+                raise error
+            if (answer := future.result()) not in (None, "stopped"):
+                problems.append(str(answer))
+                del running[future]
+        if all(future.done() for future in running):
+            return problems
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+def _bars(progress: Progress, study: Study, directory: Path, jobs: list[Job]) -> Callable[[str, int], None]:
+    tasks: dict[str, TaskID] = {}
+    for job in jobs:
+        variants, lanes = lanes_of(study, job)
+        labels = dict.fromkeys(study.parts[job.part].methods[v.method].label or v.method for v in variants)
+        tasks[job.name] = progress.add_task(
+            f"{job.part}: {', '.join(labels)}, {len(lanes)} lanes",
+            total=study.parts[job.part].steps,
+            completed=JobFolder(directory / "jobs" / job.name).manifest["step"],
+        )
+
+    def update(name: str, step: int) -> None:
+        progress.update(tasks[name], completed=step)
+
+    return update
+
+
+def _gather(study: Study, directory: Path, jobs: list[Job]) -> None:
+    """Bring the jobs' segments together in one table, in an order that depends on the study alone."""
+    tables, lanes, timings = [], [], []
+    for job in jobs:
+        folder = JobFolder(directory / "jobs" / job.name)
+        tables.append(folder.rows())
+        variants, members = lanes_of(study, job)
+        for variant, lane, diverged in zip(variants, members, folder.manifest["diverged"], strict=True):
+            lanes.append(
+                {
+                    "part": job.part,
+                    "method": variant.method,
+                    "settings": variant.settings,
+                    "seed": lane.seed,
+                    "diverged": None if diverged < 0 else diverged,
+                    "numbers": json.dumps(variant.numbers),
+                }
+            )
+        timings.append(
+            {
+                "part": job.part,
+                "methods": list(dict.fromkeys(v.method for v in variants)),
+                "lanes": len(members),
+                "lane_steps": len(members) * study.parts[job.part].steps,
+                "compile_seconds": folder.manifest["compile_seconds"],
+                "train_seconds": folder.manifest["train_seconds"],
+            }
+        )
+    order = ["part", "method", "settings", "seed", "metric", "step"]
+    write_table(directory / "results.parquet", polars.concat(tables).select(list(RESULT_SCHEMA)).sort(order))
+    table = polars.DataFrame(lanes, schema_overrides={"diverged": polars.Int64, "seed": polars.Int64})
+    write_table(directory / "lanes.parquet", table.sort(order[:4]))
+    write_json(directory / "timings.json", timings)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _note_environment(directory: Path, finished: str | None) -> None:
+    path = directory / "environment.json"
+    before = read_json(path) or {}
+    write_json(
+        path,
+        {
+            "command": before.get("command") or shlex.join(["perennial", *sys.argv[1:]]),
+            "perennial": perennial.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "started": before.get("started") or _now(),
+            "finished": finished,
+        },
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()

@@ -1,0 +1,12 @@
+"""What changes under a network: tasks, their order, their data.
+
+To add a stream, write its file and add its class to :data:`REGISTRY`.
+"""
+
+from perennial.streams.base import Examples, Feed, Stream
+from perennial.streams.permuted_digits import PermutedDigits
+from perennial.streams.slowly_changing_regression import SlowlyChangingRegression
+
+REGISTRY: tuple[type[Stream], ...] = (SlowlyChangingRegression, PermutedDigits)
+
+__all__ = ["REGISTRY", "Examples", "Feed", "PermutedDigits", "SlowlyChangingRegression", "Stream"]

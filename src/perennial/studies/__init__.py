@@ -1,0 +1,32 @@
+"""The papers' experiments, as data."""
+
+from perennial.studies.load import as_yaml, load, parse_setting, shipped
+from perennial.studies.schema import (
+    MethodEntry,
+    Part,
+    Study,
+    StudyError,
+    Variant,
+    factory_of,
+    nearest,
+    seeds_of,
+    stream_of,
+    variants_of,
+)
+
+__all__ = [
+    "MethodEntry",
+    "Part",
+    "Study",
+    "StudyError",
+    "Variant",
+    "as_yaml",
+    "factory_of",
+    "load",
+    "nearest",
+    "parse_setting",
+    "seeds_of",
+    "shipped",
+    "stream_of",
+    "variants_of",
+]

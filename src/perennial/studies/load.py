@@ -1,0 +1,207 @@
+"""Reading studies: by name or file, with changes from the command line, with the place of every mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from perennial.studies.schema import MethodEntry, Part, Study, StudyError, nearest, seeds_of, stream_of, variants_of
+
+Lines = dict[str, str]
+"""Where each dotted key stands: "steps" -> "my-study.yaml, line 4"."""
+
+
+def shipped() -> dict[str, str]:
+    """The studies that ship, by name: their text."""
+    found: dict[str, str] = {}
+
+    def walk(folder: Any, prefix: str) -> None:
+        for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+            if entry.is_dir() and not entry.name.startswith("_"):
+                walk(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".yaml"):
+                found[prefix + entry.name.removesuffix(".yaml")] = entry.read_text()
+
+    walk(resources.files("perennial.studies"), "")
+    return found
+
+
+def load(source: str, changes: Mapping[str, Any] | None = None) -> Study:
+    """A study with everything spelled out and every component checked.
+
+    Args:
+        source: the name of a study that ships, or the path of a YAML file.
+        changes: dotted keys to values (:func:`parse_setting`) that replace the file's.
+
+    Raises:
+        StudyError: names the mistake, where it stands, and the nearest thing that is known.
+    """
+    lines: Lines = {}
+    tree = _tree(source, lines)
+    if "parts" not in tree:
+        top = ("name", "title", "description", "source")
+        part = {k: v for k, v in tree.items() if k not in top}
+        tree = {k: tree[k] for k in top if k in tree} | {"parts": {"main": part}}
+        lines = {k if k in top else f"parts.main.{k}": v for k, v in lines.items()}
+    else:
+        for key, part in tree["parts"].items():
+            tree["parts"][key] = _extended(key, part, lines)
+    for dotted, value in (changes or {}).items():
+        _change(tree, dotted, value)
+    tree["name"] = source if not Path(source).suffix else Path(source).stem
+    try:
+        study = Study.model_validate(tree)
+        for key, checked in study.parts.items():
+            _check(key, checked)
+    except ValidationError as error:
+        raise StudyError(_explain(error, lines)) from None
+    except StudyError as error:
+        raise StudyError(_place(str(error), lines)) from None
+    return study
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``key=value`` of ``--set``: the dotted key, and the value as YAML; ``a,b`` is a list."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip() or not value.strip():
+        raise StudyError(f"--set {text!r}: write key=value, for example steps=1000 or methods.adam.rule.lr=1e-3,1e-4")
+    source = f"[{value}]" if "," in value and not value.lstrip().startswith("[") else value
+    try:
+        parsed = yaml.safe_load(source)
+    except yaml.YAMLError:
+        raise StudyError(f"--set {text!r}: {value!r} is not a value that YAML can read") from None
+    return key.strip(), parsed
+
+
+def _tree(source: str, lines: Lines) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            text, label = path.read_text(), str(path)
+        except OSError as error:
+            raise StudyError(f"the study file {source} cannot be read: {error.strerror or error}") from None
+    else:
+        known = shipped()
+        if source not in known:
+            raise StudyError(
+                f"there is no study {source!r}; {nearest(source, known)} A study of your own is a path ending in .yaml"
+            )
+        text, label = known[source], f"{source}.yaml"
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is not None:
+            _note(node, "", label, lines)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{label} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise StudyError(f"{label} holds no study: it needs keys such as stream, network, steps, seeds and methods")
+    return tree
+
+
+def _note(node: yaml.Node, prefix: str, label: str, lines: Lines) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[Hashable] = set()
+    for key, value in node.value:
+        place = f"{label}, line {key.start_mark.line + 1}"
+        if key.value in seen:
+            raise StudyError(f"{place}: {prefix}{key.value} stands here a second time; keep one of the two")
+        seen.add(key.value)
+        lines[prefix + key.value] = place
+        _note(value, f"{prefix}{key.value}.", label, lines)
+
+
+def _extended(key: str, part: Any, lines: Lines) -> Any:
+    """A part that builds on another study (``study: name``), with its own keys in place of that study's."""
+    if not isinstance(part, dict) or "study" not in part:
+        return part
+    inner: Lines = {}
+    base = _tree(part["study"], inner)
+    if "parts" in base:
+        raise StudyError(f"parts.{key}.study: {part['study']} has parts itself; name one without")
+    merged = {k: v for k, v in base.items() if k not in ("name", "description", "source")}
+    for line, place in inner.items():
+        lines.setdefault(f"parts.{key}.{line}", place)
+    for name, value in part.items():
+        if name != "study":
+            merged[name] = value
+    return merged
+
+
+def _change(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key; without ``parts.`` in front it means every part."""
+    keys = dotted.split(".")
+    if keys[0] in tree["parts"]:
+        keys.insert(0, "parts")
+    roots = [tree] if keys[0] in ("parts", "name", "title", "description", "source") else list(tree["parts"].values())
+    known: set[str] = set()
+    done = False
+    for root in roots:
+        at = root
+        for depth, key in enumerate(keys[:-1]):
+            if isinstance(at, dict) and key in at:
+                if at[key] is None:
+                    at[key] = {}
+                at = at[key]
+                continue
+            known |= set(at) if isinstance(at, dict) else set()
+            if len(roots) == 1:
+                so_far = ".".join(keys[: depth + 1])
+                raise StudyError(f"--set {dotted}: there is no {so_far!r}; {nearest(key, known)}")
+            break
+        else:
+            if isinstance(at, dict):
+                at[keys[-1]] = value
+                done = True
+    if not done:
+        raise StudyError(f"--set {dotted}: no part of the study has it; {nearest(keys[0], known)}")
+
+
+def _check(key: str, part: Part) -> None:
+    where = f"parts.{key}"
+    seeds_of(part, where)
+    stream_of(part, where)
+    variants_of(part, key, where)
+    if part.bin > part.steps:
+        raise StudyError(f"{where}.bin is {part.bin}, longer than the run of {part.steps} steps; make it at most that")
+    if part.measure_every is not None and part.measure_every % part.bin:
+        raise StudyError(f"{where}.measure_every is {part.measure_every}; it must be a multiple of bin, {part.bin}")
+
+
+def _explain(error: ValidationError, lines: Lines) -> str:
+    found = []
+    for one in error.errors():
+        path = [str(k) for k in one["loc"]]
+        where = ".".join(path)
+        if one["type"] == "extra_forbidden":
+            models: dict[int, type[BaseModel]] = {1: Study, 3: Part}
+            known = list(models.get(len(path), MethodEntry).model_fields)
+            found.append(_place(f"{where}: {path[-1]!r} is not a key here; {nearest(path[-1], known)}", lines))
+        elif one["type"] == "missing":
+            found.append(_place(f"{where}: {path[-1]!r} is missing", lines))
+        else:
+            found.append(_place(f"{where} is {one['input']!r}: {one['msg'].lower()}", lines))
+    return "\n".join(found)
+
+
+def _place(message: str, lines: Lines) -> str:
+    """The message with the file and line of the longest key that it begins with."""
+    dotted = message.split(":")[0].split(" ")[0]
+    keys = dotted.split(".")
+    shown = message.replace("parts.main.", "")
+    for count in range(len(keys), 0, -1):
+        if ".".join(keys[:count]) in lines:
+            return f"{lines['.'.join(keys[:count])]}: {shown}"
+    return shown
+
+
+def as_yaml(study: Study | Sequence[Any]) -> str:
+    """A study as the YAML that reproduces it."""
+    data = study.model_dump(exclude_none=True) if isinstance(study, Study) else study
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100))

@@ -1,0 +1,278 @@
+"""What changes under a network: the same for every method, every chunk, every companion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from references import lane, populate, same
+from scipy import stats
+from torch import Tensor
+
+from perennial import SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, SlowlyChangingRegression
+from perennial.streams import REGISTRY, Stream
+
+SMALL: dict[str, Stream] = {
+    "one": SlowlyChangingRegression(slow_bits=4, fast_bits=3, flip_after=20, target_units=10),
+    "all": SlowlyChangingRegression(slow_bits=4, fast_bits=3, flip_after=20, target_units=10, flip="all"),
+    "no fast bits": SlowlyChangingRegression(slow_bits=4, fast_bits=0, flip_after=20, target_units=10),
+    "digits": PermutedDigits(),
+}
+every_stream = pytest.mark.parametrize("stream", SMALL.values(), ids=SMALL)
+
+
+def test_every_stream_is_tested() -> None:
+    assert {type(s) for s in SMALL.values()} == set(REGISTRY), "add a new stream to SMALL in tests/test_streams.py"
+
+
+class Opened:
+    """A stream opened for some seeds, with the seeds in front: what it yields is compared seed by seed."""
+
+    def __init__(self, stream: Stream, seeds: list[int]) -> None:
+        self.feed: Any = stream.open(seeds, torch.device("cpu"))
+
+    def examples(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs [steps, seeds, batch, ...], targets [steps, seeds, batch, ...]."""
+        inputs, targets = self.feed.examples(start, count)
+        return inputs.movedim(-1, 1), targets.movedim(-1, 1)
+
+    def probe(self, step: int, size: int) -> Tensor:
+        """[seeds, size, ...]."""
+        return self.feed.probe(step, size).movedim(-1, 0)  # type: ignore[no-any-return]
+
+
+def slow_and_fast(stream: SlowlyChangingRegression, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return inputs[..., : stream.slow_bits], inputs[..., stream.slow_bits :]
+
+
+# --- a pure function of seed and position ---------------------------------------------------------------------------
+
+
+@every_stream
+def test_chunks_do_not_matter(stream: Stream) -> None:
+    steps = 2 * stream.task_length() + 7
+    inputs, targets = Opened(stream, [3, 5]).examples(0, steps)
+    assert inputs.shape == (steps, 2, 1, stream.inputs)
+    assert targets.shape == ((steps, 2, 1, stream.outputs) if stream.task == "regression" else (steps, 2, 1))
+    feed = Opened(stream, [3, 5])
+    at = 0
+    for length in (1, 6, 13, stream.task_length() - 5, steps):
+        length = min(length, steps - at)
+        for part, whole in zip(feed.examples(at, length), (inputs, targets), strict=True):
+            assert torch.equal(part, whole[at : at + length])
+        at += length
+    for part, whole in zip(feed.examples(2, 5), (inputs, targets), strict=True):  # and out of order
+        assert torch.equal(part, whole[2:7])
+
+
+@every_stream
+def test_other_seeds_do_not_matter(stream: Stream) -> None:
+    steps = stream.task_length() + 9
+    together = Opened(stream, [8, 3, 1])
+    alone = Opened(stream, [3])
+    for a, b in zip(together.examples(0, steps), alone.examples(0, steps), strict=True):
+        assert torch.equal(a[:, 1], b[:, 0])
+    for step in (0, steps - 1):
+        assert torch.equal(together.probe(step, 30)[1], alone.probe(step, 30)[0])
+
+
+@every_stream
+def test_seeds_differ(stream: Stream) -> None:
+    inputs, targets = Opened(stream, [0, 1]).examples(0, 50)
+    assert not torch.equal(inputs[:, 0], inputs[:, 1])
+    assert not torch.equal(targets[:, 0], targets[:, 1])
+
+
+@every_stream
+def test_the_length_of_the_run_does_not_matter(stream: Stream) -> None:
+    short, long = (Opened(stream, [2]).examples(0, 30) for steps in (30, 30_000))
+    for a, b in zip(short, long, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_stream
+def test_a_stream_leaves_the_global_random_state_alone(stream: Stream) -> None:
+    before = torch.get_rng_state()
+    feed = Opened(stream, [0])
+    feed.examples(0, 30)
+    feed.probe(0, 10)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_every_method_sees_the_same_tasks() -> None:
+    """Published: label permutations came from the random state that the methods' noise consumed."""
+    losses = []
+    stream = SMALL["one"]
+    for rule, interventions in (
+        (SGD(lr=0.0), ()), (Adam(lr=0.0), ()), (UPGD(lr=0.0, noise_std=1.0), ()),
+        (SGD(lr=0.0), (ContinualBackprop(1.0, 1000),)),
+    ):  # fmt: skip
+        population = populate([Lane(4, rule, interventions)], stream)
+        population.advance(45)
+        losses.append(population.collect(45)["online_loss"])
+        same(lane(population, 0).params, lane(populate([Lane(4, SGD())], stream), 0).params)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+# --- slowly-changing regression -------------------------------------------------------------------------------------
+
+
+def test_one_slow_bit_flips_between_tasks() -> None:
+    """Published: the default configuration draws all the bits anew, which is another experiment."""
+    stream = SlowlyChangingRegression(slow_bits=15, fast_bits=5, flip_after=3, target_units=5)
+    inputs, _ = Opened(stream, [0, 1]).examples(0, 3 * 400)
+    slow = slow_and_fast(stream, inputs)[0][:, :, 0].reshape(400, 3, 2, 15)
+    assert (slow == slow[:, :1]).all(), "slow bits hold for the whole task"
+    flips = (slow[1:, 0] != slow[:-1, 0]).double()
+    assert (flips.sum(-1) == 1).all()
+    for seed in (0, 1):
+        assert stats.chisquare(flips[:, seed].sum(0).numpy()).pvalue > 1e-4, "every bit as often"
+    assert not torch.equal(flips[:, 0], flips[:, 1])
+
+
+def test_all_draws_every_slow_bit_anew() -> None:
+    stream = SlowlyChangingRegression(slow_bits=15, fast_bits=1, flip_after=2, flip="all", target_units=5)
+    inputs, _ = Opened(stream, [0]).examples(0, 2 * 600)
+    slow = slow_and_fast(stream, inputs)[0][:, 0, 0].reshape(600, 2, 15)
+    assert (slow[:, 0] == slow[:, 1]).all()
+    flips = (slow[1:, 0] != slow[:-1, 0]).double()
+    assert abs(float(flips.mean()) - 0.5) < 5 * 0.5 / flips.numel() ** 0.5
+    assert float(flips.sum(-1).std()) == pytest.approx((15 / 4) ** 0.5, rel=0.2)
+
+
+def test_fast_bits_are_fair_and_independent() -> None:
+    stream = SlowlyChangingRegression(target_units=5)
+    inputs, _ = Opened(stream, [7]).examples(0, 40_000)
+    fast = slow_and_fast(stream, inputs)[1][:, 0, 0]
+    assert set(fast.unique().tolist()) == {0.0, 1.0}
+    code = (fast.long() * 2 ** torch.arange(5)).sum(1)
+    assert stats.chisquare(torch.bincount(code, minlength=32).numpy()).pvalue > 1e-4
+    pairs = torch.bincount(code[1:] * 32 + code[:-1], minlength=1024)
+    assert stats.chisquare(pairs.numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("stream", "seed"), [
+    (SlowlyChangingRegression(flip_after=50), 0),
+    (SlowlyChangingRegression(flip_after=50), 11),
+    (SlowlyChangingRegression(slow_bits=3, fast_bits=2, flip_after=10, target_units=7, beta=0.6), 2),
+])  # fmt: skip
+def test_targets_equal_an_independent_evaluation(stream: SlowlyChangingRegression, seed: int) -> None:
+    """The fixed network, unit by unit. Published: the bias weight counts with the wrong sign in the threshold."""
+    feed = Opened(stream, [seed])
+    inputs, targets = feed.examples(0, 500)
+    weights = np.concatenate([feed.feed.weight[0].numpy(), feed.feed.constant[0].numpy()[:, None]], 1)
+    readout, offset = feed.feed.readout[0].numpy().flatten(), float(feed.feed.offset.flatten()[0])
+    for table in (weights, readout, np.array([offset])):
+        assert set(np.unique(table)) <= {-1.0, 1.0}
+    assert weights.shape == (stream.target_units, stream.inputs + 1)
+    expected = []
+    for x in inputs[:, 0, 0].numpy():
+        total = offset
+        for w, v in zip(weights, readout, strict=True):
+            agreeing = sum(w[j] * x[j] for j in range(stream.inputs)) + w[-1] * 1.0
+            negative = sum(1 for value in w if value == -1)
+            total += v if agreeing > stream.beta * (stream.inputs + 1) - negative else 0.0
+        expected.append(total)
+    np.testing.assert_allclose(targets[:, 0, 0, 0].numpy(), expected, rtol=0, atol=1e-5)
+    assert len(set(expected)) > 3
+
+
+def test_the_target_network_is_drawn_fairly() -> None:
+    feed = Opened(SlowlyChangingRegression(target_units=500), list(range(10)), 10)
+    for table in (feed.feed.weight, feed.feed.constant, feed.feed.readout):
+        assert abs(float(table.mean())) < 5 / table.numel() ** 0.5
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("slow_bits", 0), ("slow_bits", 1.5), ("slow_bits", True), ("fast_bits", -1), ("fast_bits", 13), ("flip_after", 0),
+    ("flip_after", "9"), ("target_units", 0), ("flip", "two"),
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(field: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"slowly_changing_regression\.{field} is {value!r}"):
+        SlowlyChangingRegression(**{field: value})
+
+
+@pytest.mark.parametrize("beta", [float("nan"), "much", None])
+def test_beta_must_be_a_number(beta: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"slowly_changing_regression\.beta"):
+        SlowlyChangingRegression(beta=beta)
+
+
+# --- permuted digits ------------------------------------------------------------------------------------------------
+
+
+def _lexsorted(rows: np.ndarray) -> np.ndarray:
+    return rows[np.lexsort(rows.T[::-1])]
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    return images / 16, classes
+
+
+def _unpermute(images: np.ndarray, original: np.ndarray) -> np.ndarray:
+    """The columns of ``images`` put back by what is in them: a column is known by its sorted values."""
+    here = [tuple(np.sort(column)) for column in images.T]
+    there = [tuple(np.sort(column)) for column in original.T]
+    assert sorted(here) == sorted(there), "the pixels are not those of the original images"
+    chosen: list[int] = []
+    for column in there:  # equal columns (all zero) stand for one another
+        chosen.append(next(i for i, other in enumerate(here) if other == column and i not in chosen))
+    return images[:, chosen]
+
+
+def test_every_task_permutes_the_originals_and_shows_each_once() -> None:
+    """A task is the original images, one permutation of the pixels for all of them, in an order of its own."""
+    stream = PermutedDigits()
+    original, classes = _digits()
+    length = stream.task_length()
+    assert length == len(classes)
+    inputs, targets = Opened(stream, [0, 6]).examples(0, 3 * length)
+    x = inputs[:, :, 0].reshape(3, length, 2, 64).double().numpy()
+    y = targets[:, :, 0].reshape(3, length, 2).numpy()
+    expected = _lexsorted(np.column_stack([original, classes]))
+    seen = []
+    for task in range(3):
+        for seed in range(2):
+            images = _unpermute(x[task, :, seed], original)
+            np.testing.assert_array_equal(_lexsorted(np.column_stack([images, y[task, :, seed]])), expected)
+            assert not np.array_equal(x[task, :, seed], original)
+            seen.append((x[task, :, seed].sum(1), x[task, :, seed].sum(0)))
+    for i, (order, pixels) in enumerate(seen):
+        for other_order, other_pixels in seen[:i]:
+            assert not np.array_equal(order, other_order), "every task has an order of its own"
+            assert not np.allclose(pixels, other_pixels), "every task has a permutation of its own"
+
+
+# --- the probe ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["one", "all"])
+def test_the_probe_is_of_the_task_in_force(kind: str) -> None:
+    stream = SMALL[kind]
+    assert isinstance(stream, SlowlyChangingRegression)
+    feed = Opened(stream, [0, 4])
+    inputs, _ = feed.examples(0, 400)
+    for step in (0, 19, 20, 21, 139, 399):
+        probe = feed.probe(step, 64)
+        assert probe.shape == (2, 64, stream.inputs)
+        slow, fast = slow_and_fast(stream, probe)
+        expected, _ = slow_and_fast(stream, inputs[step, :, 0])
+        assert (slow == expected[:, None]).all()
+        assert all(len(one.unique(dim=0)) == 8 for one in fast), "fresh fast bits"
+
+
+def test_the_digits_probe_is_of_the_task_in_force() -> None:
+    stream = PermutedDigits()
+    length = stream.task_length()
+    feed = Opened(stream, [0, 4])
+    for step in (0, length - 1, length):
+        probe = feed.probe(step, 200)
+        task = feed.examples(step // length * length, length).inputs[:, :, 0]
+        for seed in range(2):
+            rows = {tuple(row) for row in task[:, seed].tolist()}
+            assert all(tuple(row) in rows for row in probe[seed].tolist())
