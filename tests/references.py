@@ -411,7 +411,7 @@ def populate(
 ) -> Population:
     """A population of the table's network: float64 and uncompiled unless told."""
     stream = stream or Table()
-    settings = {"dtype": torch.float64, "compiled": False, "steps": 1000} | settings
+    settings = {"dtype": torch.float64, "compiled": False} | settings
     return Population(lambda: MLP(hidden=hidden).build(stream.inputs, stream.outputs), stream, lanes, **settings)
 
 

@@ -33,7 +33,7 @@ class Bench:
         self.model = model.double()
         self.params = {name: w.detach().clone() for name, w in self.model.named_parameters()}
         self.units = trace(self.model, example.double(), initial=initial)
-        self.method = method.resolved(self.units)
+        (self.method,) = type(method).settled([method], self.units)
         self.state: Any = self.method.init(self.params, self.units)
         self.time = 0
 

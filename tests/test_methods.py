@@ -44,7 +44,7 @@ def test_has_a_reference(method: type[Method]) -> None:
     )
 
 
-@pytest.mark.parametrize(("batch", "steps"), [(1, 200), (3, 80)])
+@pytest.mark.parametrize(("batch", "steps"), [(1, 200), (3, 40)])
 @every_case
 def test_equals_the_reference_trajectory(case: Case, batch: int, steps: int) -> None:
     if case.method.name not in REFERENCES:
@@ -72,22 +72,24 @@ def test_equals_the_reference_trajectory(case: Case, batch: int, steps: int) -> 
     assert int(state.replaced) == replacements
     assert float(population.collect(steps)["online_loss"][0]) == pytest.approx(total / steps, rel=1e-5)
     if "replacement_rate" in case.settings:
-        assert replacements > 10, "too few replacements to compare"
+        assert replacements > steps / 20, "too few replacements to compare"
 
 
 @every_case
 def test_the_reference_depends_on_every_setting(case: Case) -> None:
     """A row whose setting moves nothing would compare nothing."""
     own = {k: v for k, v in case.settings.items() if k in case.method.scalars()}
-    base = populate([case.lane(seed=3)])
-    base.advance(60)
     for name, value in own.items():
         if value == 0:
             continue
-        moved = populate([case.lane(seed=3, **{name: value * 0.5})])
-        moved.advance(60)
-        changed = [not torch.equal(w, moved.state.params[key]) for key, w in base.state.params.items()]
-        assert any(changed), f"{case}: {name} moves nothing"
+        base, moved = populate([case.lane(seed=3)]), populate([case.lane(seed=3, **{name: value * 0.5})])
+        for _ in range(8):
+            base.advance(10)
+            moved.advance(10)
+            if not all(torch.equal(w, moved.state.params[key]) for key, w in base.state.params.items()):
+                break
+        else:
+            raise AssertionError(f"{case}: {name} moves nothing in 80 steps")
 
 
 # --- resumes bit for bit --------------------------------------------------------------------------------------------

@@ -301,10 +301,10 @@ def test_a_negative_seed_is_refused() -> None:
         populate([sgd(-1)])
 
 
-@pytest.mark.parametrize("lane_", [Lane(0, OFTEN), Lane(0, SGD(), (Adam(),))])  # type: ignore[arg-type]
-def test_rules_and_interventions_have_their_places(lane_: Lane) -> None:
-    with pytest.raises(TypeError):
-        populate([lane_])
+@pytest.mark.parametrize(("rule", "others"), [(OFTEN, ()), (SGD(), (Adam(),))])
+def test_rules_and_interventions_have_their_places(rule: Any, others: Any) -> None:
+    with pytest.raises(TypeError, match="is not an"):
+        Lane(0, rule, others)
 
 
 def test_a_state_of_other_lanes_is_refused() -> None:
@@ -393,17 +393,14 @@ def test_compiled_lanes_diverge_and_resume_alike() -> None:
     make = lambda lr: populate(  # noqa: E731
         [lanes[0], sgd(1, lr=lr), lanes[2]], dtype=torch.float32, compiled=True, hidden=(3,)
     )
-    whole, other = make(1e12), make(0.02)
-    whole.advance(20)
+    whole, other, resumed = make(1e12), make(0.02), make(1e12)
+    whole.advance(8)
+    resumed.load_state_dict({name: leaf.clone() for name, leaf in whole.state_dict().items()})
+    whole.advance(12)
+    resumed.advance(12)
     other.advance(20)
     assert int(whole.state.diverged[1]) > 0
     assert int(other.state.diverged[1]) == -1
     for number in (0, 2):
         same(lane(whole, number), lane(other, number))
-    first = make(1e12)
-    first.advance(8)
-    saved = {name: leaf.clone() for name, leaf in first.state_dict().items()}
-    second = make(1e12)
-    second.load_state_dict(saved)
-    second.advance(12)
-    same(second.state, whole.state)
+    same(resumed.state, whole.state)

@@ -116,9 +116,12 @@ def _summary(directory: Path) -> None:
     """The report's table in short: every method at its best setting."""
     from perennial.report import summary_table
 
-    for part in (rows := summary_table(directory)).partition_by("Part", maintain_order=True):
-        table = Table(*rows.columns[1:], title=part["Part"][0], title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for _, method, *cells in part.iter_rows():
+    rows = summary_table(directory)
+    parts = rows.partition_by("Part", maintain_order=True, as_dict=True) if "Part" in rows.columns else {(None,): rows}
+    for (title,), part in parts.items():
+        shown = part.drop("Part", strict=False)
+        table = Table(*shown.columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for method, *cells in shown.iter_rows():
             table.add_row(method, *(cell.partition(" [")[0] for cell in cells))  # intervals are in the report
         _console.print(table)
         _console.print()
@@ -159,3 +162,7 @@ def _first_line(cls: type[Any]) -> str:
     sentence = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     settings = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
     return sentence + (f" [dim]({settings})[/]" if settings else "")
+
+
+if __name__ == "__main__":
+    app()

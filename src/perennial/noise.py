@@ -80,10 +80,10 @@ class Noise:
         return replace(self, scope=scope)
 
     def _words(self, name: str, element: Tensor) -> tuple[Tensor, Tensor]:
-        label = _signed(zlib.crc32(f"{self.scope}/{name}".encode()))
-        stamp = _mix(self.step ^ label)
-        first = _mix(self.key[0] ^ stamp)
-        second = _mix((self.key[1] + stamp) ^ first)
+        label = f"{self.scope}/{name}".encode()
+        # Two stamps, combined with the step in two ways: one alone would let a name at one step be another at another.
+        first = _mix(self.key[0] ^ _mix(self.step ^ _signed(zlib.crc32(label))))
+        second = _mix((self.key[1] ^ _mix(self.step + _signed(zlib.crc32(label[::-1])))) + first)
         word = _mix(_mix(element ^ first) + second)
         return word, _mix(word ^ _GOLDEN)
 

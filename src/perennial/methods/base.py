@@ -19,9 +19,9 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -105,9 +105,11 @@ class Method:
         """The fields that may differ between lanes."""
         return tuple(f.name for f in dataclasses.fields(cls) if "low" in f.metadata)
 
-    def resolved(self, units: UnitMap) -> Method:
-        """The method with every field that follows from the network filled in. Most have none."""
-        return self
+    @classmethod
+    def settled(cls, methods: Sequence[Self], units: UnitMap) -> Sequence[Self]:
+        """The methods of lanes that share a program, with the settings filled in that follow from the network or from
+        all of them together. Most methods have none."""
+        return methods
 
     def init(self, params: Tensors, units: UnitMap) -> State:
         """The state before the first step; ``()`` for a method without one."""
@@ -116,9 +118,6 @@ class Method:
     def step(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
         """One step: the parameters that change, by name, and the next state."""
         raise NotImplementedError(f"{type(self).__name__} defines no step")
-
-
-M = TypeVar("M", bound=Method)
 
 
 class Rule(Method):
@@ -188,10 +187,21 @@ def start_ages(param: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def reached(decay: Scalar, age: Tensor) -> Tensor:
+    r"""What a moving average of ones has reached after ``age`` steps: :math:`1 - \beta^t`, the shape of ``age``.
+
+    By ``expm1``, which is exact where the power is close to 1 and which compiled loops compute for eight numbers at
+    once; a power they compute one by one.
+    """
+    if isinstance(decay, Tensor):
+        return -torch.expm1(age * torch.log(decay))
+    return -torch.expm1(age * (math.log(decay) if decay > 0 else -math.inf))
+
+
 def correction(ages: tuple[Tensor, ...], decay: Scalar) -> Tensor:
     r"""What a moving average of ones has reached in every element: :math:`1 - \beta^t`, t the element's own age.
 
     It grows with t, so the minimum over the dimensions is that of the youngest coordinate, and a power is computed for
     a row and a column instead of a matrix. Broadcasts against the parameter.
     """
-    return functools.reduce(torch.minimum, [1 - decay**age for age in ages])
+    return functools.reduce(torch.minimum, [reached(decay, age) for age in ages])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from perennial.methods.base import Context, Intervention, Scalar, Tensors, choice, number
+from perennial.methods.base import Context, Intervention, Scalar, Tensors, choice, number, reached
 from perennial.noise import Noise, elements
 from perennial.scores import adaptation, contribution, mean_corrected_contribution
 from perennial.units import Slice, UnitLayer, UnitMap
@@ -75,11 +76,19 @@ class ContinualBackprop(Intervention):
 
     OFF = {"replacement_rate": 0.0}
 
-    def resolved(self, units: UnitMap) -> ContinualBackprop:
-        if self.per_step is not None or isinstance(self.replacement_rate, Tensor):
-            return self
-        widest = max((layer.size for layer in units), default=1)
-        return dataclasses.replace(self, per_step=math.floor(self.replacement_rate * widest) + 1)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_step is not None and (type(self.per_step) is not int or self.per_step < 1):
+            raise ValueError(
+                f"continual_backprop.per_step is {self.per_step!r}; it is empty or a whole number, at least 1"
+            )
+
+    @classmethod
+    def settled(cls, methods: Sequence[Self], units: UnitMap) -> Sequence[Self]:
+        """Room for as many replacements in one step as any lane's rate can make due."""
+        fastest = max(float(method.replacement_rate) for method in methods)
+        most = math.floor(fastest * max((layer.size for layer in units), default=1)) + 1
+        return [dataclasses.replace(m, per_step=most) if m.per_step is None else m for m in methods]
 
     def init(self, params: Tensors, units: UnitMap) -> ContinualBackpropState:
         if not len(units):
@@ -122,7 +131,7 @@ class ContinualBackprop(Intervention):
             key = layer.name
             h = context.activations[key]
             a = state.age[key] + 1
-            grown = 1 - self.utility_decay ** a.to(h.dtype)  # what an average of ones would have reached
+            grown = reached(self.utility_decay, a.to(h.dtype))  # what an average of ones would have reached
             running = None
             if self._uses_mean:
                 running = self.utility_decay * state.mean[key] + (1 - self.utility_decay) * h.mean(0)

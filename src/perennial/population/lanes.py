@@ -24,6 +24,13 @@ class Lane:
     interventions: tuple[Intervention, ...] = ()
     """Change parameters after the rule, in this order."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):
+            raise TypeError(f"{self.rule!r} is not an optimizer rule; interventions go into Lane(seed, rule, (...,))")
+        for method in self.interventions:
+            if not isinstance(method, Intervention):
+                raise TypeError(f"{method!r} is not an intervention")
+
     @property
     def methods(self) -> tuple[Method, ...]:
         """The rule, then the interventions."""

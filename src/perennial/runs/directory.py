@@ -7,6 +7,7 @@ either the old pair or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -48,7 +49,8 @@ def write(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise RunError(
             f"{path} could not be written: {error.strerror or error}. Nothing written before is lost; make room or "
             "name another folder with --out, then run the same command again"

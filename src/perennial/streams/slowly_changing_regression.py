@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,6 +49,8 @@ class SlowlyChangingRegression(Stream):
         self.check("fast_bits", self.fast_bits, 0, 12)
         self.check("flip_after", self.flip_after, 1)
         self.check("target_units", self.target_units, 1)
+        if type(self.beta) not in (int, float) or not math.isfinite(self.beta):
+            raise ValueError(f"slowly_changing_regression.beta is {self.beta!r}; it must be a finite number")
         if self.flip not in ("one", "all"):
             raise ValueError(f"slowly_changing_regression.flip is {self.flip!r}; it is one of one, all")
 

@@ -141,6 +141,7 @@ def _change(tree: dict[str, Any], dotted: str, value: Any) -> None:
         keys.insert(0, "parts")
     roots = [tree] if keys[0] in ("parts", "name", "title", "description", "source") else list(tree["parts"].values())
     known: set[str] = set()
+    missing = keys[0]
     done = False
     for root in roots:
         at = root
@@ -151,6 +152,7 @@ def _change(tree: dict[str, Any], dotted: str, value: Any) -> None:
                 at = at[key]
                 continue
             known |= set(at) if isinstance(at, dict) else set()
+            missing = key
             if len(roots) == 1:
                 so_far = ".".join(keys[: depth + 1])
                 raise StudyError(f"--set {dotted}: there is no {so_far!r}; {nearest(key, known)}")
@@ -160,7 +162,7 @@ def _change(tree: dict[str, Any], dotted: str, value: Any) -> None:
                 at[keys[-1]] = value
                 done = True
     if not done:
-        raise StudyError(f"--set {dotted}: no part of the study has it; {nearest(keys[0], known)}")
+        raise StudyError(f"--set {dotted}: no part of the study has it; {nearest(missing, known)}")
 
 
 def _check(key: str, part: Part) -> None:

@@ -156,8 +156,10 @@ def _grid(cls: type[Any], settings: Mapping[str, Any], where: str) -> list[tuple
     hints = typing.get_type_hints(cls)
     axes: dict[str, list[Any]] = {}
     for key, value in settings.items():
+        if not isinstance(value, list):
+            continue
         whole = typing.get_origin(hints.get(key)) is tuple and not (value and isinstance(value[0], (list, tuple)))
-        if isinstance(value, list) and not whole:
+        if not whole:
             if not value:
                 raise StudyError(f"{where}.{key} is an empty list; a grid needs at least one value")
             axes[key] = value

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from perennial.units.draw import Distribution
 from perennial.units.map import Slice, UnitLayer, UnitMap
@@ -31,7 +32,7 @@ _ELEMENTWISE = frozenset(
     "dropout abs neg pow mul div add sub sin cos exp clamp __mul__ __rmul__ __add__ __radd__ __sub__ __rsub__ "
     "__truediv__ __neg__ __pow__ mul_ add_ tanh_ sigmoid_ identity".split()
 )
-_QUIET = frozenset("size dim shape numel device dtype is_floating_point __get__ stride ndim is_contiguous".split())
+_QUIET = frozenset("size dim shape numel device dtype is_floating_point stride ndim is_contiguous".split())
 
 
 class _Tracer(TorchFunctionMode):
@@ -43,6 +44,9 @@ class _Tracer(TorchFunctionMode):
         self.made: list[tuple[str, str, str | None, int, int]] = []  # module, kind, bias, first number, size
         self.read: list[tuple[str, str, Tensor]] = []  # weight, kind of reader, unit number of each column
         self.ended: dict[int, str] = {}
+        self.spoiled: dict[str, str] = {}  # parameter -> who else uses it
+        self.generator = torch.Generator().manual_seed(0)
+        self.codes = torch.zeros(0, dtype=torch.float64)
 
     def find(self, unit: int) -> int:
         while self.parent[unit] != unit:
@@ -75,23 +79,19 @@ class _Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        if name in _QUIET:
+        if name in _QUIET or not _tensors(out):
             return out
         if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
             return self.weigh(name, out, *args, **kwargs)
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        tensors += [t for a in args if isinstance(a, (list, tuple)) for t in a if isinstance(t, Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            if id(tensor) in self.parameters:
+                self.spoiled.setdefault(self.parameters[id(tensor)], f"its weights are also used by {name}")
         shadows = [s for s in map(self.shadow, tensors) if s is not None]
         if not shadows:
             return out
-        if name in _MOVEMENT and len(shadows) == 1 and shadows[0].shape == tensors[0].shape:
-            with torch._C.DisableTorchFunction():
-                moved = func(shadows[0].double(), *args[1:], **kwargs)
-            for piece, numbers in zip(_tensors(out), _tensors(moved), strict=True):
-                if bool((numbers != numbers.round()).any()):
-                    self.end(shadows[0], f"{name} mixes units")
-                else:
-                    self.keep(piece, numbers.long())
+        if name in _MOVEMENT and len(shadows) == 1 and self.shadow(args[0] if args else None) is not None:
+            self.move(func, name, out, shadows[0], args, kwargs)
         elif name in _ELEMENTWISE and isinstance(out, Tensor):
             joined = shadows[0]
             for other in shadows[1:]:
@@ -102,12 +102,43 @@ class _Tracer(TorchFunctionMode):
                 self.end(shadow, f"read by {name}, which is not known to keep units apart")
         return out
 
+    def move(
+        self, func: Callable[..., Any], name: str, out: Any, shadow: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        """Do to the shadow what was done to the tensor.
+
+        Units go by random codes, so that whatever mixes two of them (a mean, a maximum) gives a number that is no
+        unit's, or another one when all signs are turned.
+        """
+        if len(self.codes) < len(self.parent):
+            self.codes = torch.rand(2 * len(self.parent), dtype=torch.float64, generator=self.generator) + 1
+        codes = self.codes[: len(self.parent)]
+        order = codes.argsort()
+        with torch._C.DisableTorchFunction():
+            moved, turned = (func(sign * codes[shadow], *args[1:], **kwargs) for sign in (1, -1))
+        for piece, there, back in zip(_tensors(out), _tensors(moved), _tensors(turned), strict=True):
+            code = there.to(torch.float64)
+            nearest = torch.searchsorted(codes[order], code.contiguous() - 1e-9).clamp(max=len(codes) - 1)
+            found = order[nearest]
+            apart = torch.equal(there, -back) and bool(((codes[found] - code).abs() < 1e-9).all())
+            if apart and piece.shape == there.shape:
+                self.keep(piece, found)
+            else:
+                self.end(shadow, f"mixed with others by {name}")
+
     def weigh(
-        self, name: str, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
+        self,
+        name: str,
+        out: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *rest: Any,
+        **named: Any,
     ) -> Tensor:
         kind = "linear" if name == "linear" else "conv"
         axis = -1 if kind == "linear" else 1
-        shadow = self.shadow(x)
+        shadow = self.shadow(input)
         owner = self.parameters.get(id(weight))
         groups = named.get("groups", rest[3] if len(rest) > 3 else 1)
         if shadow is not None:
@@ -132,9 +163,7 @@ class _Tracer(TorchFunctionMode):
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for t in value if isinstance(t, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def trace(model: nn.Module, *args: Any, initial: Mapping[str, Distribution] | None = None, **kwargs: Any) -> UnitMap:
@@ -151,11 +180,13 @@ def trace(model: nn.Module, *args: Any, initial: Mapping[str, Distribution] | No
     """
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     tracer = _Tracer(model)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
-        out = model(*args, **kwargs)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
+            out = model(*args, **kwargs)
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
     for tensor in _tensors(out):
         shadow = tracer.shadow(tensor)
         if shadow is not None:
@@ -174,12 +205,14 @@ def trace(model: nn.Module, *args: Any, initial: Mapping[str, Distribution] | No
             reasons.add("used more than once")
         if any(roots[tracer.find(u)] > 1 for u in units):
             reasons.add("joined with other units")
-        outgoing = _outgoing(tracer, first, size)
-        if not reasons and not outgoing:
-            reasons.add("read by no layer")
+        outgoing, problem = _outgoing(tracer, first, size)
+        if problem and (not reasons or problem != "read by no layer"):
+            reasons.add(problem)
+        mine = [weight, bias, *(part.parameter for part, _ in outgoing)]
+        reasons |= {tracer.spoiled[name] for name in mine if name in tracer.spoiled}
         if reasons:
-            if reasons != {"output"}:
-                refused.append((module, "; ".join(sorted(reasons - {"output"}) or ["output"])))
+            if reasons != {"output"} or outgoing:
+                refused.append((module, "; ".join(sorted(reasons)).replace("output", "also an output of the model")))
             continue
         rows = torch.arange(size)[:, None]
         incoming = tuple(Slice(p, 0, rows) for p in (weight, bias) if p is not None)
@@ -188,13 +221,20 @@ def trace(model: nn.Module, *args: Any, initial: Mapping[str, Distribution] | No
     return UnitMap(tuple(layers), tuple(refused), dict(initial or {}))
 
 
-def _outgoing(tracer: _Tracer, first: int, size: int) -> list[tuple[Slice, str]]:
+def _outgoing(tracer: _Tracer, first: int, size: int) -> tuple[list[tuple[Slice, str]], str]:
+    """Where the units are read, and what speaks against it."""
     found: list[tuple[Slice, str]] = []
+    readers = [weight for weight, _, _ in tracer.read]
     for weight, kind, columns in tracer.read:
         mine = (columns >= first) & (columns < first + size)
         if not bool(mine.any()):
             continue
+        if readers.count(weight) > 1:
+            return [], f"its reader {weight.rpartition('.')[0]} is used more than once"
+        counts = torch.bincount(columns[mine] - first, minlength=size)
+        if bool((counts != counts[0]).any()):
+            return [], "only some of its units are read, or some more often than others"
         positions = mine.nonzero()[:, 0]
         order = torch.argsort(columns[positions], stable=True)
         found.append((Slice(weight, 1, positions[order].reshape(size, -1)), kind))
-    return found
+    return found, "" if found else "read by no layer"

@@ -1,0 +1,156 @@
+"""Studies: what ships, what a file says, and every mistake named with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from perennial.studies import StudyError, as_yaml, load, parse_setting, seeds_of, shipped, stream_of, variants_of
+
+GOOD = """\
+stream: {name: permuted_digits}
+network: {name: mlp, hidden: [8]}
+steps: 400
+bin: 100
+seeds: 2
+methods:
+  backprop:
+    rule: {name: sgd, lr: 1e-2}
+  keeper:
+    rule: {name: sgd, lr: [0.1, 0.01]}
+    interventions:
+      continual_backprop: {replacement_rate: [1e-3, 1e-4], bias_correction: true}
+"""
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_study_is_sound_and_survives_its_own_yaml(name: str, tmp_path: Path) -> None:
+    study = load(name)
+    assert study.title
+    assert study.description
+    assert study.source
+    again = load(written(tmp_path, as_yaml(study)))
+    assert again.parts == study.parts
+
+
+def test_the_regression_study_is_the_papers() -> None:
+    part = load("nature/slowly-changing-regression").parts["main"]
+    stream = stream_of(part, "main")
+    assert (stream.inputs, stream.task_length(), stream.outputs) == (20, 10_000, 1)
+    assert stream.slow_bits == 15  # type: ignore[attr-defined]
+    assert stream.flip == "one"  # type: ignore[attr-defined]
+    assert stream.target_units == 100  # type: ignore[attr-defined]
+    assert (part.steps, seeds_of(part, "")) == (1_000_000, list(range(30)))
+    networks = {v.method: v.network for v in variants_of(part, "main", "")}
+    assert networks["backprop"].hidden == (5,)  # type: ignore[union-attr]
+    assert networks["linear"].name == "linear"
+
+
+def test_a_list_is_a_grid(tmp_path: Path) -> None:
+    part = load(written(tmp_path, GOOD)).parts["main"]
+    variants = variants_of(part, "main", "parts.main")
+    assert [v.method for v in variants] == ["backprop"] + ["keeper"] * 4
+    assert variants[0].rule.lr == 0.01  # type: ignore[attr-defined]  # YAML reads 1e-2 as text
+    assert {(v.rule.lr, v.interventions[0].replacement_rate) for v in variants[1:]} == {  # type: ignore[attr-defined]
+        (lr, rate) for lr in (0.1, 0.01) for rate in (1e-3, 1e-4)
+    }
+    assert variants[1].settings == "rule.lr=0.1, interventions.continual_backprop.replacement_rate=0.001"
+
+
+def test_a_grid_of_networks(tmp_path: Path) -> None:
+    part = load(written(tmp_path, GOOD), {"network.hidden": [[4], [8, 8]]}).parts["main"]
+    hidden = [v.network.hidden for v in variants_of(part, "main", "") if v.method == "backprop"]  # type: ignore[union-attr]
+    assert hidden == [(4,), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("steps=1000", "steps", 1000),
+        ("a.b=1,2", "a.b", [1, 2]),
+        ("a.b=[1, 2]", "a.b", [1, 2]),
+        ("a=tanh,relu", "a", ["tanh", "relu"]),
+        ("a=true", "a", True),
+    ],
+)
+def test_settings_from_the_command_line(text: str, key: str, value: object) -> None:
+    assert parse_setting(text) == (key, value)
+
+
+@pytest.mark.parametrize("text", ["steps", "=1", "steps=", "a=[1"])
+def test_unreadable_settings(text: str) -> None:
+    with pytest.raises(StudyError, match="--set"):
+        parse_setting(text)
+
+
+def test_changes_reach_every_part_or_one() -> None:
+    study = load("demo", {"seeds": 3, "digits.seeds": 2})
+    assert {k: p.seeds for k, p in study.parts.items()} == {"regression": 3, "digits": 2}
+
+
+MISTAKES = [
+    ("steps: 400", "stepz: 400", "mine.yaml, line 3", "did you mean 'steps'?"),
+    ("steps: 400", "steps: 0", "line 3", "greater than 0"),
+    ("steps: 400", "steps: many", "line 3", "integer"),
+    ("bin: 100", "bin: 500", "line 4", "longer than the run of 400 steps"),
+    ("bin: 100", "bin: 100\nmeasure_every: 150", "line 5", "multiple of bin"),
+    ("seeds: 2", "seeds: 0", "line 5", "at least one seed"),
+    ("seeds: 2", "seeds: []", "line 5", "at least one seed"),
+    ("seeds: 2", "seeds: [1, 1]", "line 5", "different"),
+    ("permuted_digits", "permutted_digits", "line 1", "did you mean 'permuted_digits'?"),
+    ("name: mlp", "name: mpl", "line 2", "did you mean 'mlp'?"),
+    ("hidden: [8]", "hidden: 8", "line 2", "it is a list"),
+    ("hidden: [8]", "hidden: [0]", "line 2", "at least 1"),
+    ("hidden: [8]", "activation: rellu", "line 2", "relu"),
+    ("{name: sgd, lr: 1e-2}", "{name: sgdd}", "line 8", "did you mean 'sgd'?"),
+    ("{name: sgd, lr: 1e-2}", "{lr: 1e-2}", "line 8", "does not say which optimizer rule"),
+    ("lr: 1e-2", "lrr: 1e-2", "line 8", "did you mean 'lr'?"),
+    ("lr: 1e-2", "lr: -1", "line 8", "at least 0"),
+    ("lr: 1e-2", "lr: fast", "line 8", "not a number"),
+    ("lr: 1e-2", "lr: .nan", "line 8", "sgd.lr is nan"),
+    ("lr: [0.1, 0.01]", "lr: []", "line 10", "at least one value"),
+    ("continual_backprop:", "continual_backprob:", "line 11", "did you mean 'continual_backprop'?"),
+    ("bias_correction: true", "bias_correction: 3", "line 12", "it is bool"),
+    ("bias_correction: true", "utility: best", "line 12", "contribution"),
+    ("steps: 400", "steps: 400\nsteps: 500", "line 4", "a second time"),
+    ("methods:", "methods: {}\nother:", "line 6", "at least 1"),
+    ("stream: {name: permuted_digits}", "title: x", "stream", "missing"),
+    ("steps: 400", "steps: [", "mine.yaml", "not YAML"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "place", "words"), MISTAKES, ids=[m[1][:40] for m in MISTAKES])
+def test_mistakes_are_named_with_their_place(right: str, wrong: str, place: str, words: str, tmp_path: Path) -> None:
+    assert right in GOOD
+    with pytest.raises(StudyError) as caught:
+        load(written(tmp_path, GOOD.replace(right, wrong, 1)))
+    assert place in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "words"),
+    [
+        ("demoo", {}, "did you mean 'demo'?"),
+        ("no/such.yaml", {}, "cannot be read"),
+        ("demo", {"stepps": 3}, "did you mean 'steps'?"),
+        ("demo", {"methods.adm.rule.lr": 3}, "did you mean 'adam'?"),
+        ("demo", {"digits.methods.adam.rule.lr": -3}, "at least 0"),
+    ],
+)
+def test_mistakes_on_the_command_line(source: str, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        load(source, changes)
+    assert words in str(caught.value)
+
+
+def test_yaml_is_plain() -> None:
+    assert yaml.safe_load(as_yaml(load("demo")))["parts"]["digits"]["stream"] == {"name": "permuted_digits"}
