@@ -120,7 +120,7 @@ def _allowed(field: dataclasses.Field[Any]) -> str:
         return ""
     low, high = field.metadata["low"], field.metadata["high"]
     edges = [f"{'above' if field.metadata['open_low'] else 'at least'} {low:g}"] if low > -math.inf else []
-    edges += [f"at most {high:g}"] if high < math.inf else []
+    edges += [f"{'below' if field.metadata['open_high'] else 'at most'} {high:g}"] if high < math.inf else []
     return (" and ".join(edges) or "any number").capitalize() + ". May differ from lane to lane."
 
 

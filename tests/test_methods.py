@@ -146,7 +146,7 @@ def test_lr_0_moves_nothing(case: Case) -> None:
 @every_case
 def test_a_lane_alone_is_the_lane_among_others(case: Case) -> None:
     seeds = (4, 7, 7)
-    numbers = [f.name for f in scalar_fields(case.method) if isinstance(case.settings.get(f.name), float)][:1]
+    numbers = [f.name for f in scalar_fields(case.method) if type(case.settings.get(f.name)) in (int, float)][:1]
     lanes = [
         case.lane(seed=seed, **{name: case.settings[name] * (1 + position / 10) for name in numbers})
         for position, seed in enumerate(seeds)

@@ -10,7 +10,13 @@ from perennial.methods.sgd import SGD
 from perennial.methods.shrink_and_perturb import ShrinkAndPerturb
 from perennial.methods.upgd import UPGD
 
-REGISTRY: tuple[type[Method], ...] = (SGD, Adam, UPGD, ShrinkAndPerturb, ContinualBackprop)
+REGISTRY: tuple[type[Method], ...] = (
+    SGD,
+    Adam,
+    UPGD,
+    ShrinkAndPerturb,
+    ContinualBackprop,
+)
 
 __all__ = [
     "REGISTRY",

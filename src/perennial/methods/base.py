@@ -62,12 +62,14 @@ def number(
     high: float = math.inf,
     open_low: bool = False,
     open_high: bool = False,
+    infinite: bool = False,
 ) -> Any:
     """A field for a hyper-parameter from ``low`` to ``high``, the ends excluded where they are open.
 
-    None is a value of the field only if it is its default.
+    None is a value of the field only if it is its default; infinity only with ``infinite``, for a bound that may be
+    absent.
     """
-    metadata = {"low": low, "high": high, "open_low": open_low, "open_high": open_high}
+    metadata = {"low": low, "high": high, "open_low": open_low, "open_high": open_high, "infinite": infinite}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -153,15 +155,18 @@ class Intervention(Method):
         return {}
 
 
-def _check_range(where: str, value: Any, low: float, high: float, open_low: bool, open_high: bool) -> None:
+def _check_range(
+    where: str, value: Any, low: float, high: float, open_low: bool, open_high: bool, infinite: bool
+) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where} is {value!r}, which is not a number")
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
-    if below or above or not math.isfinite(value):
+    finite = math.isfinite(value) or (infinite and value == math.inf)
+    if below or above or not finite:
         lower = "" if low == -math.inf else f"{'above' if open_low else 'at least'} {low:g}"
         upper = "" if high == math.inf else f"{'below' if open_high else 'at most'} {high:g}"
-        allowed = " and ".join(text for text in (lower, upper) if text) or "finite"
+        allowed = " and ".join(text for text in (lower, upper, "" if finite else "finite") if text)
         raise ValueError(f"{where} is {value:g}; it must be {allowed}")
 
 

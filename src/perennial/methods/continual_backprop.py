@@ -15,7 +15,7 @@ from torch import Tensor
 from perennial.methods.base import Context, Intervention, Scalar, Tensors, choice, number, reached
 from perennial.noise import Noise, elements
 from perennial.scores import adaptation, contribution, mean_corrected_contribution
-from perennial.units import Slice, UnitLayer, UnitMap
+from perennial.units import UnitLayer, UnitMap, bias_beside
 
 
 class ContinualBackpropState(NamedTuple):
@@ -103,7 +103,7 @@ class ContinualBackprop(Intervention):
                     )
             if self.bias_transfer:
                 for part in layer.outgoing:
-                    if _bias(part) not in params:
+                    if bias_beside(part.parameter) not in params:
                         raise ValueError(f"bias_transfer needs a bias beside {part.parameter}, and there is none")
         like = {layer.name: params[layer.incoming[0].parameter] for layer in units}
         zeros = {layer.name: like[layer.name].new_zeros(layer.size) for layer in units}
@@ -194,16 +194,12 @@ class ContinualBackprop(Intervention):
         return hits
 
 
-def _bias(part: Slice) -> str:
-    return part.parameter.rpartition(".")[0] + ".bias"
-
-
 def _transfer_bias(layer: UnitLayer, params: dict[str, Tensor], mean: Tensor) -> None:
     for part in layer.outgoing:
         w = params[part.parameter]
         moved = (part.gather(w) * mean[:, None]).sum(0)
-        bias = params[_bias(part)]
-        params[_bias(part)] = bias + moved.reshape(part.index.shape[1], bias.shape[0], -1).sum((0, 2))
+        bias = params[bias_beside(part.parameter)]
+        params[bias_beside(part.parameter)] = bias + moved.reshape(part.index.shape[1], bias.shape[0], -1).sum((0, 2))
 
 
 def _redraw(

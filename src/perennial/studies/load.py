@@ -178,15 +178,17 @@ def _check(key: str, part: Part) -> None:
 
 def _explain(error: ValidationError, lines: Lines) -> str:
     found = []
+    models: dict[int, type[BaseModel]] = {1: Study, 3: Part}
     for one in error.errors():
         path = [str(k) for k in one["loc"]]
         where = ".".join(path)
         if one["type"] == "extra_forbidden":
-            models: dict[int, type[BaseModel]] = {1: Study, 3: Part}
             known = list(models.get(len(path), MethodEntry).model_fields)
             found.append(_place(f"{where}: {path[-1]!r} is not a key here; {nearest(path[-1], known)}", lines))
         elif one["type"] == "missing":
-            found.append(_place(f"{where}: {path[-1]!r} is missing", lines))
+            field = models.get(len(path), MethodEntry).model_fields[path[-1]]
+            place = _place(f"{'.'.join(path[:-1])}: {path[-1]!r} is missing: {field.description or ''}", lines)
+            found.append(place.removesuffix(": "))
         else:
             found.append(_place(f"{where} is {one['input']!r}: {one['msg'].lower()}", lines))
     return "\n".join(found)

@@ -1,7 +1,18 @@
 """Which parameters belong to a hidden unit: the map, how it is traced, how its parameters were drawn."""
 
 from perennial.units.draw import Distribution, build_and_record
-from perennial.units.map import Slice, UnitLayer, UnitMap, along
+from perennial.units.map import Slice, UnitLayer, UnitMap, along, bias_beside, fan_in, weight_beside
 from perennial.units.trace import trace
 
-__all__ = ["Distribution", "Slice", "UnitLayer", "UnitMap", "along", "build_and_record", "trace"]
+__all__ = [
+    "Distribution",
+    "Slice",
+    "UnitLayer",
+    "UnitMap",
+    "along",
+    "bias_beside",
+    "build_and_record",
+    "fan_in",
+    "trace",
+    "weight_beside",
+]

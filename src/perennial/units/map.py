@@ -23,6 +23,21 @@ def along(values: Tensor, dim: int, dims: int) -> Tensor:
     return values
 
 
+def bias_beside(weight: str) -> str:
+    """The name that the bias of a weight has: "0.weight" -> "0.bias", "in_proj_weight" -> "in_proj_bias"."""
+    return weight.removesuffix("weight") + "bias"
+
+
+def weight_beside(bias: str) -> str:
+    """The name that the weight of a bias has: "0.bias" -> "0.weight"."""
+    return bias.removesuffix("bias") + "weight"
+
+
+def fan_in(weight: Tensor) -> int:
+    """How many numbers one output of a linear or convolutional layer reads: what a row of [out, in, ...] holds."""
+    return weight[0].numel()
+
+
 @dataclass(frozen=True)
 class Slice:
     """The entries of one parameter that belong to each unit of a layer, along one dimension."""
