@@ -105,7 +105,12 @@ def authors_regression() -> Timed:
     from lop.algos.cbp import ContinualBackprop as Theirs
     from lop.nets.ffnn import FFNN
 
-    learner = Theirs(FFNN(input_size=20, num_features=5, hidden_activation="relu"), step_size=0.01, replacement_rate=1e-4, decay_rate=0.99)
+    learner = Theirs(
+        FFNN(input_size=20, num_features=5, hidden_activation="relu"),
+        step_size=0.01,
+        replacement_rate=1e-4,
+        decay_rate=0.99,
+    )
     x, y = (torch.rand(1, 20) > 0.5).float(), torch.randn(1, 1)
     return theirs(lambda: learner.learn(x, y))
 
