@@ -457,8 +457,7 @@ class Population:
 def _padded(lanes: Sequence[Lane]) -> list[Lane]:
     """The lanes, the last repeated up to a multiple of a vector register's eight numbers.
 
-    A remainder would be computed by masked loops beside the full ones: twice the code, and slower (30 lanes took three
-    times as long as 32).
+    A remainder would be computed by masked loops beside the full ones: twice the code to compile and to run.
     """
     missing = -len(lanes) % 8 if len(lanes) > 3 else 0
     return [*lanes, *[lanes[-1]] * missing]
