@@ -28,8 +28,23 @@ SIZES = (6, 5, 4, 2)
 Place = tuple[str, int]
 """``("weight", 0)`` is the first layer's matrix [out, in], ``("bias", 0)`` its bias."""
 
+Fresh = Any
+"""What an event made anew: (layer, unit), or the place of a whole parameter."""
+
 
 # --- the network and its gradient -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Learned:
+    """What a step is taken from."""
+
+    loss: float
+    grads: dict[Place, np.ndarray]
+    hidden: list[np.ndarray]
+    """The activations [samples, units] of every hidden layer."""
+    signals: list[np.ndarray]
+    """The gradient of the loss by each of them."""
 
 
 class Network:
@@ -52,24 +67,39 @@ class Network:
             found.append(x)
         return found
 
-    def learn(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, dict[Place, np.ndarray], list[np.ndarray]]:
-        """Loss, gradient, and the activations [samples, units] of every hidden layer."""
-        loss = 0.0
+    def loss(self, inputs: np.ndarray, targets: np.ndarray) -> float:
+        """The loss on some samples."""
+        errors = [((self.hidden(x)[-1] - y) ** 2).sum() for x, y in zip(inputs, targets, strict=True)]
+        return float(sum(errors)) / len(inputs)
+
+    def learn(self, inputs: np.ndarray, targets: np.ndarray) -> Learned:
+        """Loss, gradients and activations."""
         grads = {place: np.zeros_like(v) for place, v in self.values.items()}
         seen: list[list[np.ndarray]] = [[] for _ in range(self.depth - 1)]
+        signals: list[list[np.ndarray]] = [[] for _ in range(self.depth - 1)]
         for x, y in zip(inputs, targets, strict=True):
             layers = self.hidden(x)
-            loss += float(((layers[-1] - y) ** 2).sum()) / len(inputs)
             signal = 2 * (layers[-1] - y) / len(inputs)
             for depth in reversed(range(self.depth)):
                 below = x if depth == 0 else layers[depth - 1]
                 grads["weight", depth] += np.outer(signal, below)
                 grads["bias", depth] += signal
                 if depth > 0:
-                    signal = (self.values["weight", depth].T @ signal) * (below > 0)
-            for depth in range(self.depth - 1):
-                seen[depth].append(layers[depth])
-        return loss, grads, [np.array(h) for h in seen]
+                    by_activation = self.values["weight", depth].T @ signal
+                    seen[depth - 1].append(below)
+                    signals[depth - 1].append(by_activation)
+                    signal = by_activation * (below > 0)
+        return Learned(self.loss(inputs, targets), grads, [np.array(h) for h in seen], [np.array(g) for g in signals])
+
+    def fresh(self, place: Place, given: Given) -> np.ndarray:
+        """A fresh draw of a parameter: Kaiming uniform, the last layer's for a linear layer; biases are zero."""
+        kind, depth = place
+        shape = self.values[place].shape
+        if kind == "bias":
+            return np.zeros(shape)
+        bound = math.sqrt((3 if depth == self.depth - 1 else 6) / shape[1])
+        u = given.uniform(parameter(place), shape).astype(np.float32)  # the library draws in single precision
+        return (np.float32(-bound) + np.float32(2 * bound) * u).astype(np.float64)
 
     def of_unit(self, layer: int, unit: int) -> list[tuple[Place, Any]]:
         """Where the weights of a hidden unit lie: its row, its bias, its column in the next layer."""
@@ -82,11 +112,17 @@ class Network:
 
 @dataclass
 class Given:
-    """The random numbers of one step of one lane, taken from the library as they are."""
+    """What one step of one lane is given: random numbers, taken from the library as they are, and what was learned."""
 
     seed: int
     step: int
     scope: str
+    grads: Mapping[Place, np.ndarray] = field(default_factory=dict)
+    """The gradient of the loss (and of coupled penalties), from before the step."""
+    signals: Sequence[np.ndarray] = ()
+    """The gradient of the loss by each hidden layer's activations, [samples, units]."""
+    loss: Callable[[], float] = lambda: math.nan
+    """The loss on this step's samples with the network's values as they are."""
 
     def _noise(self) -> Noise:
         key = torch.tensor(seed_key(self.seed, "method"), dtype=torch.int32)
@@ -198,48 +234,356 @@ class UPGD:
 # --- interventions --------------------------------------------------------------------------------------------------
 
 
-class ShrinkAndPerturb:
-    """w <- (1 - s) w + sigma xi."""
+class Regulariser:
+    """w <- w - r dOmega/dw after the rule, or r dOmega/dw in the gradient that the rule is given."""
 
     def __init__(self, settings: Any, network: Network) -> None:
         self.s = settings
+        self.initial = {place: w.copy() for place, w in network.values.items()}
+
+    def slope(self, network: Network) -> dict[Place, np.ndarray]:
+        """dOmega/dw, worked out by hand."""
+        raise NotImplementedError
+
+    def advance(self, network: Network) -> None:
+        """What is kept from step to step."""
 
     def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
-        for place, w in network.values.items():
-            network.values[place] = w * (1 - self.s.shrink) + self.s.noise_std * given.normal(place, w.shape)
+        self.advance(network)
+        if not self.s.coupled:
+            for place, slope in self.slope(network).items():
+                network.values[place] = network.values[place] - self.s.rate * slope
         return []
 
 
-class ContinualBackprop:
-    """Algorithm 1 of the Nature paper, layer by layer, unit by unit; its predecessor by options."""
+class L2Init(Regulariser):
+    """dOmega/dw = w - w0."""
+
+    def slope(self, network: Network) -> dict[Place, np.ndarray]:
+        return {place: w - self.initial[place] for place, w in network.values.items()}
+
+
+class L1Init(Regulariser):
+    """dOmega/dw = sign(w - w0); by itself the step that cannot go past w0."""
+
+    def slope(self, network: Network) -> dict[Place, np.ndarray]:
+        return {place: np.sign(w - self.initial[place]) for place, w in network.values.items()}
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        if self.s.coupled:
+            return []
+        for place, w in network.values.items():
+            for at in np.ndindex(w.shape):
+                distance = w[at] - self.initial[place][at]
+                if distance > self.s.rate:
+                    w[at] -= self.s.rate
+                elif distance < -self.s.rate:
+                    w[at] += self.s.rate
+                else:
+                    w[at] = self.initial[place][at]
+        return []
+
+
+class WassersteinInit(Regulariser):
+    """Every weight is pulled toward the initial weight of its own rank within the tensor."""
+
+    def slope(self, network: Network) -> dict[Place, np.ndarray]:
+        found = {}
+        for place, w in network.values.items():
+            targets = sorted(self.initial[place].ravel())
+            found[place] = np.zeros_like(w)
+            for rank, at in enumerate(sorted(np.ndindex(w.shape), key=lambda at, w=w: w[at])):
+                found[place][at] = w[at] - targets[rank]
+        return found
+
+
+class Parseval(Regulariser):
+    """d ||W W^T - s I||^2 / dW = 4 (W W^T - s I) W, for all matrices but the last."""
+
+    def slope(self, network: Network) -> dict[Place, np.ndarray]:
+        found = {}
+        for depth in range(network.depth - 1):
+            w = network.values["weight", depth]
+            assert w.shape[0] <= w.shape[1], "with more rows than columns it is the columns' products"
+            found["weight", depth] = 4 * (w @ w.T - self.s.scale * np.eye(len(w))) @ w
+        return found
+
+
+class SpectralRegularisation(Regulariser):
+    """d (sigma^k - 1)^2 / dW = 2 (sigma^k - 1) k sigma^(k - 1) u v^T;  d ||b||^2 / db = 2 b."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        super().__init__(settings, network)
+        self.v = {}
+        for (kind, depth), w in network.values.items():
+            if kind == "weight":
+                start = np.array([math.cos(i) for i in range(w.shape[1])])
+                self.v[depth] = start / np.linalg.norm(start)
+
+    def advance(self, network: Network) -> None:
+        for depth, v in self.v.items():
+            w = network.values["weight", depth]
+            back = w.T @ (w @ v)
+            self.v[depth] = back / np.linalg.norm(back)
+
+    def slope(self, network: Network) -> dict[Place, np.ndarray]:
+        k, found = self.s.power, {}
+        for place, w in network.values.items():
+            if place[0] == "bias":
+                found[place] = 2 * w
+                continue
+            image = w @ self.v[place[1]]
+            sigma = np.linalg.norm(image)
+            found[place] = 2 * (sigma**k - 1) * k * sigma ** (k - 1) * np.outer(image / sigma, self.v[place[1]])
+        return found
+
+
+class WeightClipping:
+    """|w|, |b| <= kappa / sqrt(fan_in)."""
 
     def __init__(self, settings: Any, network: Network) -> None:
         self.s = settings
-        widths = [len(network.values["bias", depth]) for depth in range(network.depth - 1)]
-        self.utility = [np.zeros(n) for n in widths]
-        self.mean = [np.zeros(n) for n in widths]
-        self.age = [np.zeros(n, dtype=int) for n in widths]
-        self.count = [0.0 for _ in widths]
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        for (kind, depth), w in network.values.items():
+            bound = self.s.kappa / math.sqrt(network.values["weight", depth].shape[1])
+            network.values[kind, depth] = np.minimum(np.maximum(w, -bound), bound)
+        return []
+
+
+class ShrinkAndPerturb:
+    """w <- (1 - s) w + sigma x, every step or when a new task begins."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+        self.initial = {place: w.copy() for place, w in network.values.items()}
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        return self._change(network, given) if self.s.when == "step" else []
+
+    def event(self, network: Network, given: Given) -> list[Fresh]:
+        self._change(network, given)
+        return []
+
+    def _change(self, network: Network, given: Given) -> list[tuple[int, int]]:
+        for place, w in network.values.items():
+            if self.s.perturb == "normal":
+                x = given.normal(place, w.shape)
+            elif self.s.perturb == "fresh":
+                x = network.fresh(place, given)
+            else:
+                x = self.initial[place]
+            network.values[place] = w * (1 - self.s.shrink) + self.s.noise_std * x
+        return []
+
+
+class NormalizeAndProject:
+    """Every matrix but the last goes (part of) the way back to its initial norm."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+        self.norm = [np.linalg.norm(network.values["weight", d]) for d in range(network.depth - 1)]
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        for depth, norm in enumerate(self.norm):
+            w = network.values["weight", depth]
+            now = np.linalg.norm(w)
+            wanted = now + self.s.strength * (norm - now)
+            network.values["weight", depth] = w * (wanted / now)
+        return []
+
+
+class ResetLayers:
+    """The last layers, weights and biases, are drawn afresh."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        return []
+
+    def event(self, network: Network, given: Given) -> list[Fresh]:
+        first = 0 if self.s.last is None else max(0, network.depth - self.s.last)
+        chosen: list[Fresh] = [(kind, depth) for kind in ("weight", "bias") for depth in range(first, network.depth)]
+        for place in chosen:
+            network.values[place] = network.fresh(place, given)
+        return chosen
+
+
+class HareAndTortoise:
+    """The tortoise follows slowly; now and then the hare is put where the tortoise is."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+        self.slow = {place: w.copy() for place, w in network.values.items()}
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        for place, w in network.values.items():
+            self.slow[place] = self.s.decay * self.slow[place] + (1 - self.s.decay) * w
+        return []
+
+    def event(self, network: Network, given: Given) -> list[Fresh]:
+        for place, slow in self.slow.items():
+            network.values[place] = slow.copy()
+        return []
+
+
+class DASH:
+    """Rows that point away from where the gradient pushes them shrink."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+        self.direction = {place: np.zeros_like(w) for place, w in network.values.items()}
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        for place, grad in given.grads.items():
+            self.direction[place] = self.s.decay * self.direction[place] - (1 - self.s.decay) * grad
+        return []
+
+    def event(self, network: Network, given: Given) -> list[Fresh]:
+        for depth in range(network.depth):
+            for row, toward in zip(network.values["weight", depth], self.direction["weight", depth], strict=True):
+                lengths = np.linalg.norm(row) * np.linalg.norm(toward)
+                cosine = row @ toward / lengths if lengths > 0 else 1.0
+                row *= min(max(cosine, self.s.floor), 1.0)
+        return []
+
+
+class FIRE:
+    """Every matrix but the last becomes (nearly) its orthogonal factor."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        return []
+
+    def event(self, network: Network, given: Given) -> list[Fresh]:
+        chosen: list[Fresh] = [("weight", depth) for depth in range(network.depth - 1)]
+        for place in chosen:
+            w = network.values[place]
+            u, singular, v = np.linalg.svd(w, full_matrices=False)  # the iteration moves nothing but singular values
+            singular = singular / np.linalg.norm(singular)
+            for _ in range(self.s.iterations):
+                singular = 1.5 * singular - 0.5 * singular**3
+            network.values[place] = (u * singular) @ v * math.sqrt(w.shape[0] / w.shape[1])
+        return chosen
+
+
+class ReplacesUnits:
+    """What is done to a unit once it has been chosen."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+        self.widths = [len(network.values["bias", depth]) for depth in range(network.depth - 1)]
+        self.kept = {place: w.copy() for place, w in network.values.items()}
+        self.steps = 0
+
+    def remember(self, network: Network) -> None:
+        """Keep the weights of step ``rewind_to``."""
+        self.steps += 1
+        if self.steps == self.s.rewind_to:
+            self.kept = {place: w.copy() for place, w in network.values.items()}
+
+    def replace(self, network: Network, layer: int, units: Sequence[int], useful: int | None, given: Given) -> None:
+        """Re-initialise units of a layer, all at once; ``useful`` is the unit that is split."""
+        incoming, outgoing = network.values["weight", layer], network.values["weight", layer + 1]
+        bias = network.values["bias", layer]
+        fresh = network.fresh(("weight", layer), given)
+        how = "resample" if self.s.reinitialise == "split" and useful is None else self.s.reinitialise
+        others = np.array([incoming[i] for i in range(len(incoming)) if i not in units])
+        length = np.mean([np.linalg.norm(row) for row in (others if len(others) else incoming)])
+        share = np.zeros(0) if useful is None else outgoing[:, useful] / (1 + len(units))
+        for j in units:
+            bias[j] = 0
+            outgoing[:, j] = 0
+            if how == "resample":
+                incoming[j] = fresh[j]
+            elif how == "rewind":
+                incoming[j] = self.kept["weight", layer][j]
+                bias[j] = self.kept["bias", layer][j]
+            elif how == "orthogonal":
+                row = given.normal(("weight", layer), incoming.shape)[j]
+                if len(others) > 0 and np.linalg.matrix_rank(others) < incoming.shape[1]:
+                    row = row - others.T @ np.linalg.lstsq(others.T, row, rcond=None)[0]
+                incoming[j] = row / np.linalg.norm(row) * length
+            else:
+                incoming[j] = incoming[useful]
+                bias[j] = bias[useful]
+                outgoing[:, j] = share
+        if how == "split" and units:
+            outgoing[:, useful] = share
+
+    def transfer(self, network: Network, layer: int, j: int, mean: float) -> None:
+        """The reader's bias takes over what a unit sends on average."""
+        sent = network.values["weight", layer + 1][:, j] * mean
+        network.values["bias", layer + 1] = network.values["bias", layer + 1] + sent
+
+
+def most_useful(units: Sequence[int], mature: Sequence[int], score: Any) -> int | None:
+    """The mature unit of the highest score; where none is mature, of them all."""
+    among = [j for j in units if j in mature] or units
+    return max(among, key=score.__getitem__, default=None)
+
+
+class ContinualBackprop(ReplacesUnits):
+    """Algorithm 1 of the Nature paper, layer by layer, unit by unit; its predecessor and other scores by options."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        super().__init__(settings, network)
+        self.utility = [np.zeros(n) for n in self.widths]
+        self.mean = [np.zeros(n) for n in self.widths]
+        self.age = [np.zeros(n, dtype=int) for n in self.widths]
+        self.count = [0.0 for _ in self.widths]
+
+    def score(self, network: Network, layer: int, j: int, h: np.ndarray, given: Given) -> float:
+        incoming, outgoing = network.values["weight", layer][j], network.values["weight", layer + 1][:, j]
+        sends, samples = np.abs(outgoing).sum(), len(h)
+        weight = 1 - self.s.utility_decay ** self.age[layer][j]
+        beyond = np.abs(h[:, j] - self.mean[layer][j] / weight).mean()
+        if self.s.utility == "contribution":
+            return np.abs(h[:, j]).mean() * sends
+        if self.s.utility == "mean_corrected_contribution":
+            return beyond * sends
+        if self.s.utility == "adaptable_contribution":
+            return beyond * sends / np.abs(incoming).mean()
+        if self.s.utility == "outgoing_magnitude":
+            return sends
+        if self.s.utility == "incoming_magnitude":
+            return np.abs(incoming).sum()
+        if self.s.utility == "activation":
+            return np.abs(h[:, j]).mean()
+        if self.s.utility == "taylor":
+            return sum(abs(h[n, j] * given.signals[layer][n, j]) for n in range(samples))
+        if self.s.utility == "fisher":
+            return samples / 2 * sum((h[n, j] * given.signals[layer][n, j]) ** 2 for n in range(samples))
+        if self.s.utility == "random":
+            return float(given.uniform(f"{module(layer)}.utility", (h.shape[1],))[j])
+        assert self.s.utility == "exact"
+        kept, before = outgoing.copy(), given.loss()
+        outgoing[:] = 0
+        without = given.loss()
+        outgoing[:] = kept
+        return without - before
 
     def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
         s, replaced = self.s, []
+        self.remember(network)
+        scores = {}
         for layer, h in enumerate(hidden):
-            incoming, outgoing = network.values["weight", layer], network.values["weight", layer + 1]
+            for j in range(h.shape[1]):
+                self.age[layer][j] += 1
+                self.mean[layer][j] += (1 - s.utility_decay) * (h[:, j].mean() - self.mean[layer][j])
+        for layer, h in enumerate(hidden):
             rank = {}
             eligible = []
             for j in range(h.shape[1]):
-                self.age[layer][j] += 1
                 weight = 1 - s.utility_decay ** self.age[layer][j]
-                self.mean[layer][j] += (1 - s.utility_decay) * (h[:, j].mean() - self.mean[layer][j])
-                if s.utility == "contribution":
-                    score = np.abs(h[:, j]).mean() * np.abs(outgoing[:, j]).sum()
-                else:
-                    beyond = np.abs(h[:, j] - self.mean[layer][j] / weight).mean()
-                    score = beyond * np.abs(outgoing[:, j]).sum()
-                if s.utility == "adaptable_contribution":
-                    score /= np.abs(incoming[j]).mean()
-                self.utility[layer][j] = s.utility_decay * self.utility[layer][j] + (1 - s.utility_decay) * score
-                rank[j] = self.utility[layer][j] / (weight if s.bias_correction else 1)
+                scores[layer, j] = self.score(network, layer, j, h, given)
+                decay = 0.0 if s.utility == "random" else s.utility_decay
+                self.utility[layer][j] = decay * self.utility[layer][j] + (1 - decay) * scores[layer, j]
+                corrected = s.bias_correction and s.utility != "random"
+                rank[j] = self.utility[layer][j] / (weight if corrected else 1)
                 if self.age[layer][j] > s.maturity_threshold:
                     eligible.append(j)
             if s.accumulate:
@@ -250,21 +594,100 @@ class ContinualBackprop:
                 number, left = divmod(s.replacement_rate * len(eligible), 1)
                 chance = given.uniform(module(layer), ())
                 number = int(number) + int(chance < left)
-            for j in sorted(eligible, key=rank.__getitem__)[:number]:
-                self._replace(network, layer, j, given)
+            chosen = sorted(eligible, key=rank.__getitem__)[:number]
+            if s.bias_transfer:
+                for j in chosen:
+                    mean = self.mean[layer][j] / (1 - s.utility_decay ** self.age[layer][j])
+                    self.transfer(network, layer, j, mean)
+            staying = [j for j in range(h.shape[1]) if j not in chosen]
+            self.replace(network, layer, chosen, most_useful(staying, eligible, rank), given)
+            for j in chosen:
+                self.utility[layer][j] = self.mean[layer][j] = self.age[layer][j] = 0
                 replaced.append((layer, j))
         return replaced
 
-    def _replace(self, network: Network, layer: int, j: int, given: Given) -> None:
-        incoming, outgoing = network.values["weight", layer], network.values["weight", layer + 1]
-        if self.s.bias_transfer:
-            mean = self.mean[layer][j] / (1 - self.s.utility_decay ** self.age[layer][j])
-            network.values["bias", layer + 1] = network.values["bias", layer + 1] + outgoing[:, j] * mean
-        bound = math.sqrt(6 / incoming.shape[1])  # Kaiming uniform for ReLU
-        incoming[j] = bound * (2 * given.uniform(parameter(("weight", layer)), incoming.shape)[j] - 1)
-        network.values["bias", layer][j] = 0
-        outgoing[:, j] = 0
-        self.utility[layer][j] = self.mean[layer][j] = self.age[layer][j] = 0
+
+class ReDo(ReplacesUnits):
+    """Now and then, units whose score is a small part of their layer's mean are replaced."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        super().__init__(settings, network)
+        self.score = [np.zeros(n) for n in self.widths]
+        self.mean = [np.zeros(n) for n in self.widths]
+        self.weight = [np.zeros(n) for n in self.widths]
+
+    def instant(self, hidden: Sequence[np.ndarray], given: Given) -> list[np.ndarray]:
+        return [np.abs(h).mean(0) for h in hidden]
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        self.remember(network)
+        decay = self.s.score_decay
+        for layer, score in enumerate(self.instant(hidden, given)):
+            self.score[layer] = decay * self.score[layer] + (1 - decay) * score
+            self.mean[layer] = decay * self.mean[layer] + (1 - decay) * hidden[layer].mean(0)
+            self.weight[layer] = decay * self.weight[layer] + (1 - decay)
+        return []
+
+    def event(self, network: Network, given: Given) -> list[Fresh]:
+        replaced: list[Fresh] = []
+        for layer, total in enumerate(self.score):
+            score = total / self.weight[layer]
+            chosen = [j for j in range(len(score)) if score[j] <= self.s.threshold * score.mean()]
+            staying = [j for j in range(len(score)) if j not in chosen]
+            if self.s.bias_transfer:
+                for j in chosen:
+                    self.transfer(network, layer, j, self.mean[layer][j] / self.weight[layer][j])
+            self.replace(network, layer, chosen, most_useful(staying, staying, score), given)
+            for j in chosen:
+                self.score[layer][j] = self.mean[layer][j] = self.weight[layer][j] = 0
+                replaced.append((layer, j))
+        return replaced
+
+
+class ReGraMa(ReDo):
+    """ReDo by the size of the gradient that reaches a unit."""
+
+    def instant(self, hidden: Sequence[np.ndarray], given: Given) -> list[np.ndarray]:
+        return [np.abs(g).mean(0) for g in given.signals]
+
+
+class SelfNormalizedResets(ReplacesUnits):
+    """A unit that has not fired for far longer than it usually takes is replaced."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        super().__init__(settings, network)
+        self.age = [[0] * n for n in self.widths]
+        self.gaps: list[list[list[int]]] = [[[] for _ in range(n)] for n in self.widths]
+        powers = [round(1.2**i) for i in range(100)]
+        self.edges = sorted({edge for edge in powers if edge <= settings.max_age} | {settings.max_age})
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        self.remember(network)
+        replaced = []
+        for layer, h in enumerate(hidden):
+            chosen = []
+            for j in range(h.shape[1]):
+                if (h[:, j] > 0).any():
+                    self.gaps[layer][j].append(self.age[layer][j])
+                    self.age[layer][j] = 0
+                else:
+                    self.age[layer][j] += 1
+                gaps = self.gaps[layer][j]
+                threshold = self.s.max_age
+                if len(gaps) >= self.s.minimum:
+                    wanted = self.s.quantile * len(gaps)
+                    threshold = next(edge for edge in self.edges if sum(gap <= edge for gap in gaps) >= wanted)
+                if self.age[layer][j] > threshold:
+                    chosen.append(j)
+            if self.s.bias_transfer:
+                for j in chosen:
+                    self.transfer(network, layer, j, h[:, j].mean())
+            staying = [j for j in range(h.shape[1]) if j not in chosen]
+            self.replace(network, layer, chosen, most_useful(staying, staying, np.abs(h).mean(0)), given)
+            for j in chosen:
+                self.gaps[layer][j], self.age[layer][j] = [], 0
+                replaced.append((layer, j))
+        return replaced
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -276,13 +699,19 @@ class Reference:
 
     statement: Callable[[Any, Network], Any]
     """Made of (settings, network); a rule has ``step(network, grads, given)`` and ``forget(place, where)``, an
-    intervention ``step(network, hidden, given) -> [(layer, unit) replaced]``."""
+    intervention ``step(network, hidden, given) -> [(layer, unit) replaced]``; if it has events also
+    ``event(network, given) -> [(layer, unit) or place made anew]``; a regulariser has ``slope(network)``."""
     rows: Mapping[str, Mapping[str, Any]]
     """Label -> hyper-parameters. For an intervention ``rule`` may name the rule it follows; else plain SGD."""
 
 
 _OFTEN = {"replacement_rate": 0.05, "maturity_threshold": 5, "utility_decay": 0.9}
 _EARLIER = {"utility": "adaptable_contribution", "bias_correction": True, "bias_transfer": True}
+
+_AT_ONCE = {"shrink": 0.6, "noise_std": 0.1, "when": "task"}
+_UPGD = ("upgd", {"lr": 0.02, "utility_decay": 0.95, "noise_std": 0.1})
+_MOMENTUM = ("sgd", {"lr": 0.005, "momentum": 0.9})
+_AVERAGED = {"threshold": 0.6, "every": 10, "score_decay": 0.9}
 
 REFERENCES: dict[str, Reference] = {
     "sgd": Reference(
@@ -310,11 +739,124 @@ REFERENCES: dict[str, Reference] = {
             "no memory": {"lr": 0.02, "utility_decay": 0.0, "noise_std": 0.1},
         },
     ),
+    "l2_init": Reference(
+        L2Init,
+        {
+            "decoupled": {"rate": 0.05},
+            "coupled": {"rate": 0.5, "coupled": True},
+            "coupled, in adam": {"rate": 0.5, "coupled": True, "rule": ("adam", {"lr": 0.01})},
+        },
+    ),
+    "l1_init": Reference(
+        L1Init,
+        {
+            "decoupled": {"rate": 0.002},
+            "coupled": {"rate": 0.05, "coupled": True},
+            "decoupled, after adam": {"rate": 0.002, "rule": ("adam", {"lr": 0.01})},
+        },
+    ),
+    "wasserstein_init": Reference(
+        WassersteinInit, {"decoupled": {"rate": 0.05}, "coupled": {"rate": 0.5, "coupled": True}}
+    ),
+    "parseval": Reference(
+        Parseval,
+        {
+            "decoupled": {"rate": 0.01, "scale": 0.8},
+            "coupled": {"rate": 0.1, "scale": 1.2, "coupled": True},
+        },
+    ),
+    "spectral_regularisation": Reference(
+        SpectralRegularisation,
+        {
+            "decoupled": {"rate": 0.005},
+            "coupled": {"rate": 0.1, "coupled": True},
+            "power 1, in adam": {"rate": 0.1, "coupled": True, "power": 1, "rule": ("adam", {"lr": 0.01})},
+        },
+    ),
+    "weight_clipping": Reference(
+        WeightClipping, {"plain": {"kappa": 1.2}, "after momentum": {"kappa": 1.0, "rule": _MOMENTUM}}
+    ),
     "shrink_and_perturb": Reference(
         ShrinkAndPerturb,
         {
             "perturb": {"noise_std": 0.01},
             "both, after adam": {"shrink": 0.01, "noise_std": 0.01, "rule": ("adam", {"lr": 0.01})},
+            "toward a fresh draw": {"shrink": 0.05, "noise_std": 0.05, "perturb": "fresh"},
+            "toward the start": {"shrink": 0.05, "noise_std": 0.05, "perturb": "initial"},
+            "fresh, at a task": {
+                "shrink": 0.6,
+                "noise_std": 0.3,
+                "perturb": "fresh",
+                "when": "task",
+                "rule": _MOMENTUM,
+            },
+            "normal, at a task": _AT_ONCE,
+        },
+    ),
+    "normalize_and_project": Reference(
+        NormalizeAndProject, {"plain": {"strength": 1.0}, "part of the way": {"strength": 0.1, "rule": _MOMENTUM}}
+    ),
+    "reset_layers": Reference(
+        ResetLayers,
+        {
+            "the head": {"every": 10, "rule": _MOMENTUM},
+            "two layers": {"last": 2, "every": 10, "rule": ("adam", {"lr": 0.01})},
+            "everything, at a task": {"last": None, "rule": _MOMENTUM},
+        },
+    ),
+    "hare_and_tortoise": Reference(
+        HareAndTortoise,
+        {
+            "plain": {"decay": 0.9, "every": 10},
+            "slower, after momentum": {"decay": 0.98, "every": 25, "rule": _MOMENTUM},
+        },
+    ),
+    "dash": Reference(
+        DASH,
+        {
+            "plain": {"floor": 0.3, "decay": 0.9, "every": 10},
+            "at a task": {"floor": 0.1, "decay": 0.5, "rule": _MOMENTUM},
+        },
+    ),
+    "fire": Reference(
+        FIRE,
+        {
+            "plain": {"every": 10, "rule": _MOMENTUM},
+            "at a task, three iterations": {"iterations": 3, "rule": ("adam", {"lr": 0.01})},
+        },
+    ),
+    "redo": Reference(
+        ReDo,
+        {
+            "plain": {"threshold": 0.9, "every": 10, "rule": _MOMENTUM},
+            "averaged, after adam": _AVERAGED | {"rule": ("adam", {"lr": 0.01})},
+            "rarely": {"threshold": 0.6, "every": 25, "score_decay": 0.5},
+            "rewind to step 15": _AVERAGED | {"reinitialise": "rewind", "rewind_to": 15},
+            "bias transfer": _AVERAGED | {"bias_transfer": True},
+            "orthogonal": _AVERAGED | {"threshold": 0.4, "reinitialise": "orthogonal"},
+            "split": _AVERAGED | {"reinitialise": "split"},
+        },
+    ),
+    "regrama": Reference(
+        ReGraMa,
+        {
+            "plain": {"threshold": 0.9, "every": 10, "rule": _MOMENTUM},
+            "averaged": _AVERAGED,
+            "split, bias transfer": _AVERAGED | {"reinitialise": "split", "bias_transfer": True},
+        },
+    ),
+    "self_normalized_resets": Reference(
+        SelfNormalizedResets,
+        {
+            "plain": {"quantile": 0.8, "max_age": 20, "minimum": 6.0, "rule": _MOMENTUM},
+            "after adam": {"quantile": 0.9, "max_age": 10, "minimum": 4.0, "rule": ("adam", {"lr": 0.01})},
+            "rewind, bias transfer": {
+                "quantile": 0.7,
+                "max_age": 12,
+                "minimum": 5.0,
+                "reinitialise": "rewind",
+                "bias_transfer": True,
+            },
         },
     ),
     "continual_backprop": Reference(
@@ -327,7 +869,29 @@ REFERENCES: dict[str, Reference] = {
             "several at once": _OFTEN | {"replacement_rate": 0.6},
             "after adam": _OFTEN | {"rule": ("adam", {"lr": 0.01, "beta2": 0.95})},
             "after momentum, earlier form": _OFTEN | _EARLIER | {"rule": ("sgd", {"lr": 0.005, "momentum": 0.9})},
-            "after upgd": _OFTEN | {"rule": ("upgd", {"lr": 0.02, "utility_decay": 0.95, "noise_std": 0.1})},
+            **{
+                f"by {utility.replace('_', ' ')}": _OFTEN | {"utility": utility}
+                for utility in (
+                    "incoming_magnitude",
+                    "activation",
+                    "taylor",
+                    "fisher",
+                    "exact",
+                )
+            },
+            "by outgoing magnitude": {
+                "replacement_rate": 0.05,
+                "maturity_threshold": 5,
+                "utility": "outgoing_magnitude",
+            },
+            "by random": {"replacement_rate": 0.05, "maturity_threshold": 5, "utility": "random"},
+            "rewind": _OFTEN | {"reinitialise": "rewind"},
+            "rewind to step 20": _OFTEN | {"reinitialise": "rewind", "rewind_to": 20},
+            # after noise: a row orthogonal to rows with zeros has numbers that are zero but for rounding, which a ReLU
+            # takes for positive or not
+            "orthogonal, after upgd": _OFTEN | {"reinitialise": "orthogonal", "rule": _UPGD},
+            "split": _OFTEN | {"reinitialise": "split"},
+            "after upgd": _OFTEN | {"rule": _UPGD},
         },
     ),
 }
@@ -356,6 +920,11 @@ class Case:
 
     def lane(self, seed: int, **changes: Any) -> Lane:
         return Lane(seed, *self.made(**changes))
+
+    def until_events(self, usual: int) -> int:
+        """The usual number of steps, or enough of them for an event to fall due."""
+        first = next((n for n in range(1, 101) for m in self.made()[1] if m.due(n, n % Table().task_length() == 0)), 0)
+        return max(usual, first + 5 if first else 0)
 
 
 def cases() -> list[Case]:
@@ -446,22 +1015,45 @@ class Replay:
         self.x, self.y = stream.rows(lane.seed)
         self.rule = REFERENCES[lane.rule.name].statement(lane.rule, self.network)
         self.scope = lane.rule.name
-        self.interventions = [(m.name, REFERENCES[m.name].statement(m, self.network)) for m in lane.interventions]
+        self.methods = lane.interventions
+        self.interventions = [REFERENCES[m.name].statement(m, self.network) for m in lane.interventions]
+        self.task_length = stream.task_length()
 
     def step(self) -> tuple[float, list[tuple[int, int]]]:
         """The loss, and the hidden units replaced as (layer, unit)."""
         x, y = self.x[self.time].astype(np.float64), self.y[self.time].astype(np.float64)
-        loss, grads, hidden = self.network.learn(x, y)
-        self.rule.step(self.network, grads, Given(self.seed, self.time, self.scope))
-        replaced = []
-        for name, intervention in self.interventions:
-            fresh = intervention.step(self.network, hidden, Given(self.seed, self.time, name))
-            for layer, unit in fresh:
-                for place, where in self.network.of_unit(layer, unit):
-                    self.rule.forget(place, where)
-            replaced += fresh
+        learned = self.network.learn(x, y)
+        for method, intervention in zip(self.methods, self.interventions, strict=True):
+            if getattr(method, "coupled", False):
+                for place, slope in intervention.slope(self.network).items():
+                    learned.grads[place] = learned.grads[place] + method.rate * slope
+        given = Given(self.seed, self.time, self.scope, learned.grads, learned.signals, lambda: self.network.loss(x, y))
+        self.rule.step(self.network, learned.grads, given)
+        replaced: list[tuple[int, int]] = []
+        for method, intervention in zip(self.methods, self.interventions, strict=True):
+            own = dataclasses.replace(given, scope=method.name)
+            replaced += self._forget(intervention.step(self.network, learned.hidden, own))
         self.time += 1
-        return loss, sorted(replaced)
+        for method, intervention in zip(self.methods, self.interventions, strict=True):
+            if method.due(self.time, self.time % self.task_length == 0):
+                own = Given(self.seed, self.time - 1, method.name)
+                replaced += self._forget(intervention.event(self.network, own))
+        return learned.loss, sorted(replaced)
+
+    def _forget(self, made: Sequence[Fresh]) -> list[tuple[int, int]]:
+        """Fresh weights get a fresh state of the rule; says which of what was made anew are units."""
+        for place, where in made:
+            if isinstance(place, str):
+                self.rule.forget((place, where), ...)
+            else:
+                for one, at in self.network.of_unit(place, where):
+                    self.rule.forget(one, at)
+        return [one for one in made if not isinstance(one[0], str)]
+
+
+def whole_fields(method: type[Method]) -> list[dataclasses.Field[Any]]:
+    """The settings that are whole numbers, the same for all lanes."""
+    return [f for f in dataclasses.fields(method) if "whole_low" in f.metadata]
 
 
 def scalar_fields(method: type[Method]) -> list[dataclasses.Field[Any]]:

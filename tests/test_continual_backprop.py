@@ -40,12 +40,15 @@ class Bench:
     def output(self, x: Tensor) -> Tensor:
         return functional_call(self.model, self.params, (x,)).detach()
 
-    def step(self, hidden: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    def step(
+        self, hidden: dict[str, Tensor], seed: int = 0, signals: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One step on these activations; the masks of replaced units."""
         key = torch.tensor(seed_key(seed, "method"), dtype=torch.int32)
         noise = Noise(key, torch.tensor(self.time, dtype=torch.int32), self.method.name)
         grads = {name: torch.full_like(w, torch.nan) for name, w in self.params.items()}  # not its business
-        changed, self.state = self.method.step(self.params, self.state, Context(grads, hidden, noise, self.units))
+        context = Context(grads, hidden, noise, self.units, signals or {})
+        changed, self.state = self.method.step(self.params, self.state, context)
         self.params |= changed
         self.time += 1
         return self.method.replaced(self.state)
@@ -381,6 +384,33 @@ def test_bias_correction_does_not_replace_a_unit_for_being_young(corrected: bool
     assert b.step(h)["1"].nonzero()[:, 0].tolist() == [victim]
 
 
+@pytest.mark.parametrize("kind", ["outgoing_magnitude", "incoming_magnitude", "activation", "taylor", "fisher"])
+def test_the_least_useful_unit_goes(kind: str) -> None:
+    """Of three units one is least by its outgoing weights, one by its incoming, one by what it does."""
+    b = bench(ContinualBackprop(0.34, 0, utility=kind), hidden=(3,))
+    b.params["3.weight"] = torch.tensor([[0.1, 1.0, 1.0]] * 3, dtype=torch.float64)
+    b.params["1.weight"] = torch.tensor([[1.0] * 6, [-0.1] * 6, [1.0] * 6], dtype=torch.float64)
+    b.params["1.bias"] = torch.tensor([1.0, 99.0, 1.0], dtype=torch.float64)  # is no incoming weight
+    h = torch.tensor([[1.0, 1.0, 0.1], [1.0, 1.0, 0.0]], dtype=torch.float64)
+    victim = {"outgoing_magnitude": 0, "incoming_magnitude": 1}.get(kind, 2)
+    assert b.step({"1": h}, signals={"1": torch.ones_like(h)})["1"].nonzero()[:, 0].tolist() == [victim]
+
+
+def test_random_utility_replaces_every_unit_alike() -> None:
+    """A new number at every step, neither averaged nor corrected: otherwise units of some age would be favoured."""
+    b = bench(ContinualBackprop(0.2, 0, 0.9, utility="random", bias_correction=True), hidden=(5,))
+    h = {"1": torch.rand(1, 5, dtype=torch.float64)}
+    count = np.zeros(5)
+    for _ in range(600):
+        gone = b.step(h)["1"].numpy()
+        utility = b.state.utility["1"]
+        assert ((utility > 0) | torch.tensor(gone)).all()
+        assert (utility[gone] == 0).all()
+        count += gone
+    assert count.sum() == 600
+    assert stats.chisquare(count).pvalue > 1e-4
+
+
 # --- where fresh weights come from ----------------------------------------------------------------------------------
 
 
@@ -492,14 +522,13 @@ def test_conv_flatten_linear_against_brute_force(channels_last: bool) -> None:
     assert sorted(torch.cat(columns).tolist()) == list(range(16))
     by_channel = torch.stack([model.flat(x).detach()[:, c] for c in columns], 2)  # [batch, positions, channels]
     torch.testing.assert_close(
-        layer.activation(model.flat(x).detach()).sort(0)[0], by_channel.reshape(-1, 4).sort(0)[0], rtol=0, atol=0
+        layer.activation(model.flat(x).detach()).sort(2)[0], by_channel.mT.sort(2)[0], rtol=0, atol=0
     )
     for channel in range(4):
         unit = layer.outgoing[0].gather(b.params["hidden.weight"])[channel]
         assert sorted(unit.tolist()) == sorted(b.params["hidden.weight"][:, columns[channel]].flatten().tolist())
-    first = torch.relu(model.first(x)).detach()
     hidden = {
-        "first": first.movedim(1, -1).reshape(-1, 3),
+        "first": torch.relu(model.first(x)).detach(),
         "second": layer.activation(model.flat(x).detach()),
         "hidden": torch.relu(model.hidden(model.flat(x))).detach(),
     }
@@ -540,7 +569,8 @@ def test_refuses_a_network_without_hidden_units() -> None:
 def test_refuses_what_it_cannot_redraw() -> None:
     def factory() -> nn.Module:
         net = nn.Sequential(nn.Linear(SIZES[0], 4), nn.ReLU(), nn.Linear(4, 2))
-        nn.init.orthogonal_(net[0].weight)
+        with torch.no_grad():
+            net[0].weight.copy_(torch.eye(4, SIZES[0]))
         return net
 
     model, initial = build_and_record(factory)

@@ -20,7 +20,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import REFERENCES, SIZES, Case, Replay, Table, cases, lane, parameter, populate, same, scalar_fields
+from references import (
+    REFERENCES,
+    SIZES,
+    Case,
+    Replay,
+    Table,
+    cases,
+    lane,
+    parameter,
+    populate,
+    same,
+    scalar_fields,
+    whole_fields,
+)
 
 from perennial import MLP, SGD, UPGD, Adam, Lane, Population, ShrinkAndPerturb
 from perennial.methods import REGISTRY, Context, Intervention, Method, Rule
@@ -44,16 +57,19 @@ def test_has_a_reference(method: type[Method]) -> None:
     )
 
 
-@pytest.mark.parametrize(("batch", "steps"), [(1, 200), (3, 40)])
+@pytest.mark.parametrize(("batch", "usual"), [(1, 200), (3, 40)])
 @every_case
-def test_equals_the_reference_trajectory(case: Case, batch: int, steps: int) -> None:
+def test_equals_the_reference_trajectory(case: Case, batch: int, usual: int) -> None:
     if case.method.name not in REFERENCES:
         pytest.skip("test_has_a_reference says what is missing")
+    first = next(c for c in CASES if c.method is case.method)
+    steps = case.until_events(usual if case is first else usual // 2)
     stream = Table(batch=batch)
     ours = case.lane(seed=3)
     population = populate([ours], stream)
     replay = Replay(population.lanes[0], stream, lane(population, 0))
     replacements, total = 0, 0.0
+    method_has_events = case.method.due is not Intervention.due if issubclass(case.method, Intervention) else False
     for step in range(steps):
         population.advance(1)
         loss, expected = replay.step()
@@ -64,32 +80,40 @@ def test_equals_the_reference_trajectory(case: Case, batch: int, steps: int) -> 
             for depth, name in enumerate(("1", "3")):
                 mask = method.replaced(own).get(name, torch.zeros(0))
                 found += [(depth, int(unit)) for unit in mask.nonzero()[:, 0]]
-        assert sorted(found) == expected, f"units replaced at step {step}"
-        replacements += len(found)
+        if not method_has_events:
+            assert sorted(found) == expected, f"units replaced at step {step}"
+        replacements += len(expected)
+        assert int(state.replaced) == replacements, f"units replaced at step {step}, expected {expected}"
         for place, value in replay.network.values.items():
             got = state.params[parameter(place)].numpy()
             np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-7, err_msg=f"{parameter(place)} at step {step}")
-    assert int(state.replaced) == replacements
     assert float(population.collect(steps)["online_loss"][0]) == pytest.approx(total / steps, rel=1e-5)
     if "replacement_rate" in case.settings:
         assert replacements > steps / 20, "too few replacements to compare"
+    elif "reinitialise" in {f.name for f in dataclasses.fields(case.method)} and batch == 1:
+        assert replacements > 1, "too few replacements to compare"
 
 
 @every_case
 def test_the_reference_depends_on_every_setting(case: Case) -> None:
     """A row whose setting moves nothing would compare nothing."""
-    own = {k: v for k, v in case.settings.items() if k in case.method.scalars()}
-    for name, value in own.items():
-        if value == 0:
-            continue
-        base, moved = populate([case.lane(seed=3)]), populate([case.lane(seed=3, **{name: value * 0.5})])
-        for _ in range(8):
-            base.advance(10)
-            moved.advance(10)
-            if not all(torch.equal(w, moved.state.params[key]) for key, w in base.state.params.items()):
-                break
-        else:
-            raise AssertionError(f"{case}: {name} moves nothing in 80 steps")
+    own = {k: v for k, v in case.settings.items() if k in case.method.scalars() and v != 0}
+    halved = [case.lane(seed=3, **{name: value * 0.5}) for name, value in own.items()]
+    if not own:
+        return
+    population = populate([case.lane(seed=3), *halved])
+    still = list(own)
+    for _ in range(8):
+        population.advance(10)
+        params = population.state.params.values()
+        still = [
+            name
+            for position, name in enumerate(own, start=1)
+            if all(torch.allclose(w[..., 0], w[..., position], rtol=1e-9, atol=0) for w in params) and name in still
+        ]
+        if not still:
+            break
+    assert not still, f"{case}: {', '.join(still)} moves nothing in 80 steps"
 
 
 # --- resumes bit for bit --------------------------------------------------------------------------------------------
@@ -98,19 +122,20 @@ def test_the_reference_depends_on_every_setting(case: Case) -> None:
 @every_case
 def test_resumes_bit_for_bit(case: Case) -> None:
     lanes = [case.lane(seed=seed) for seed in (0, 1)]
+    steps, stop = case.until_events(25), 12
     whole = populate(lanes, dtype=torch.float32)
-    whole.advance(25)
+    whole.advance(steps)
 
     first = populate(lanes, dtype=torch.float32)
-    first.advance(12)
+    first.advance(stop)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     first.advance(2)  # what is written must not be moved by going on
     file.seek(0)
     second = populate(lanes, dtype=torch.float32)
     second.load_state_dict(torch.load(file, weights_only=True))
-    assert second.steps_made == 12
-    second.advance(13)
+    assert second.steps_made == stop
+    second.advance(steps - stop)
     same(second.state, whole.state)
 
 
@@ -124,7 +149,7 @@ def test_off_is_the_bare_rule(case: Case) -> None:
     rule, _ = case.made()
     bare = populate([Lane(5, rule)], dtype=torch.float32)
     for population in (off, bare):
-        population.advance(25)
+        population.advance(case.until_events(25))
     assert int(off.state.replaced) == 0
     same(off.state.params, bare.state.params)
     same(off.state.methods[0], bare.state.methods[0])
@@ -146,17 +171,22 @@ def test_lr_0_moves_nothing(case: Case) -> None:
 @every_case
 def test_a_lane_alone_is_the_lane_among_others(case: Case) -> None:
     seeds = (4, 7, 7)
-    numbers = [f.name for f in scalar_fields(case.method) if type(case.settings.get(f.name)) in (int, float)][:1]
+    numbers = [f for f in scalar_fields(case.method) if type(case.settings.get(f.name)) in (int, float)][:1]
     lanes = [
-        case.lane(seed=seed, **{name: case.settings[name] * (1 + position / 10) for name in numbers})
+        case.lane(seed=seed, **{f.name: _within(f, case.settings[f.name] * (1 + position / 10)) for f in numbers})
         for position, seed in enumerate(seeds)
     ]
-    together = populate(lanes)
-    together.advance(20)
-    for position, one in list(enumerate(lanes))[1:3]:
-        alone = populate([one])
-        alone.advance(20)
-        same(lane(alone, 0), lane(together, position), rtol=1e-6)
+    together, steps = populate(lanes), case.until_events(20)
+    together.advance(steps)
+    alone = populate([lanes[1]])
+    alone.advance(steps)
+    same(lane(alone, 0), lane(together, 1), rtol=1e-6)
+
+
+def _within(field: Any, value: float) -> float:
+    """A value brought into the range of a setting: what went past its upper end is taken from the end instead."""
+    high = field.metadata["high"]
+    return value if value < high else high - (value - high) / 10
 
 
 def _compiled_rows() -> list[tuple[Case, ...]]:
@@ -177,7 +207,7 @@ def test_compiled_equals_uncompiled(row: tuple[Case, ...]) -> None:
     lanes = [Lane(seed, row[0].made()[0], interventions) for seed in (0, 1, 2)]
     made = []
     for compiled in (True, False):
-        population = populate(lanes, hidden=(3, 3), dtype=torch.float32, compiled=compiled)
+        population = populate(lanes, hidden=(3,), dtype=torch.float32, compiled=compiled)
         population.advance(25)
         made.append(population.state)
     same(made[0], made[1], rtol=2e-4)
@@ -203,6 +233,8 @@ def _refused() -> list[Any]:
                     bad += [data["high"]] if data["open_high"] else []
                 if type(None) not in typing.get_args(hints[field.name]):
                     bad += [None]
+            elif "whole_low" in data:
+                bad = [1.5, "much", True, [1], data["whole_low"] - 1] + ([] if field.default is None else [None])
             elif "options" in data:
                 bad = ["nonsense", None, 1]
             elif hints[field.name] is bool:
@@ -221,6 +253,8 @@ def test_refuses_settings_out_of_range(method: type[Method], field: Any, value: 
     assert shown in text
     if "options" in field.metadata:
         assert all(option in text for option in field.metadata["options"])
+    elif "whole_low" in field.metadata:
+        assert "whole number" in text or str(field.metadata["whole_low"]) in text.replace(shown, "", 1), text
     elif isinstance(value, float):
         for edge in (field.metadata["low"], field.metadata["high"]):
             assert math.isinf(edge) or f"{edge:g}" in text.replace(shown, "", 1), text
@@ -243,6 +277,9 @@ def _edges() -> list[Any]:
                 for edge in edges
                 if math.isfinite(edge)
             ]
+        for field in whole_fields(case.method):
+            edge, name = field.metadata["whole_low"], f"{case.method.name}.{field.name}"
+            rows.append(pytest.param(case, field.name, edge, id=f"{name}={edge}"))
     return rows
 
 
@@ -250,7 +287,7 @@ def _edges() -> list[Any]:
 def test_works_at_the_ends_of_the_range(case: Case, name: str, edge: float) -> None:
     """What is allowed must work: nothing is divided by zero at an end that the range includes."""
     population = populate([case.lane(seed=0, **{name: edge})])
-    population.advance(5)
+    population.advance(case.until_events(5))
     assert int(population.state.diverged) == -1
     for leaf in population.state_dict().values():
         assert not torch.isnan(leaf.to(torch.float64)).any()
@@ -261,7 +298,8 @@ def test_every_setting_and_state_field_is_documented(method: type[Method]) -> No
     case = next(c for c in CASES if c.method is method)
     population = populate([case.lane(seed=0)])
     state = population.state.methods[0 if issubclass(method, Rule) else 1]
-    records = [method] + ([type(state)] if state != () else [])
+    shared = [base for base in method.__mro__[1:-1] if base is not Method and "__dataclass_fields__" in vars(base)]
+    records = [method, *shared] + ([type(state)] if state != () else [])
     for record in records:
         body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(record))).body[0]).body
         for item, after in zip(body, [*body[1:], None], strict=True):
@@ -269,11 +307,11 @@ def test_every_setting_and_state_field_is_documented(method: type[Method]) -> No
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 assert documented, f"{record.__name__}.{ast.unparse(item.target)} has no docstring"
         assert record.__doc__
-    assert re.fullmatch(r"[a-z_]+", method.name)
+    assert re.fullmatch(r"[a-z0-9_]+", method.name)
 
 
 @every_case
-def test_step_is_pure(case: Case) -> None:
+def test_step_and_event_are_pure(case: Case) -> None:
     """Neither parameters, nor gradients, nor state, nor the global random state change under a method's hands."""
     population = populate([case.lane(seed=0)])
     population.advance(8)
@@ -282,15 +320,25 @@ def test_step_is_pure(case: Case) -> None:
     method, own = (methods[0], state.methods[0]) if issubclass(case.method, Rule) else (methods[1], state.methods[1])
     grads = {name: torch.randn_like(w) for name, w in state.params.items()}
     hidden = {layer.name: torch.rand(3, layer.size, dtype=torch.float64) for layer in population.units}
+    signals = {name: torch.randn_like(h) for name, h in hidden.items()}
+
+    def loss(changed: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum((w**2).sum() for w in (state.params | changed).values())  # type: ignore[return-value]
+
     key = torch.tensor(seed_key(0, "method"), dtype=torch.int32)
-    context = Context(grads, hidden, Noise(key, state.step, method.name), population.units)
-    inputs = (dict(state.params), own, grads, hidden)
+    noise = Noise(key, state.step, method.name)
+    context = Context(grads, hidden, noise, population.units, signals, loss)
+    inputs = (dict(state.params), own, grads, hidden, signals)
     before = torch.utils._pytree.tree_map(torch.clone, inputs)
     rng = torch.get_rng_state()
-    first = method.step(state.params, own, context)
-    second = method.step(state.params, own, context)
-    same(inputs, before)
-    same(first, second)
+    calls = [lambda: method.step(state.params, own, context)]
+    if isinstance(method, Intervention):
+        bare = Context({}, {}, noise, population.units)
+        calls.append(lambda: method.event(state.params, own, bare))
+    for call in calls:
+        first, second = call(), call()
+        same(inputs, before)
+        same(first, second)
     assert torch.equal(rng, torch.get_rng_state())
 
 

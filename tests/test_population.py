@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import polars
 import pytest
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perennial import MLP, SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, Population, ShrinkAndPerturb
+from perennial.methods import Context, Intervention, Outcome, Regulariser, Scalar
+from perennial.methods.base import number as scalar
+from perennial.methods.base import whole, whole_parameter
+from perennial.noise import elements
 from perennial.population import METRICS
 from perennial.streams import SlowlyChangingRegression
 
@@ -381,6 +387,372 @@ def test_units_of_other_networks_are_replaced(network: type[nn.Module]) -> None:
     population = Population(network, Table(), lanes, compiled=False)
     population.advance(20)
     assert (population.state.replaced > 3).all()
+
+
+class _Convolutions(nn.Module):
+    """Channels that a convolution reads: units that stand at several positions of a sample."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(1, 4, 2), nn.Conv1d(4, 4, 2, groups=groups)
+        self.out = nn.Linear(16, SIZES[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.b(self.a(x[:, None]).relu()).relu().flatten(1))  # type: ignore[no-any-return]
+
+
+class _TwoReaders(nn.Module):
+    """Two layers read the same units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(SIZES[0], 5)
+        self.left, self.right = nn.Linear(5, 1), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).relu()
+        return torch.cat([self.left(h), F.linear(input=h, weight=self.right.weight) ** 2], -1)
+
+
+class _Residual(nn.Module):
+    """The stream is read and written; the units of ``up`` lie between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.up, self.down = nn.Linear(SIZES[0], 4), nn.Linear(4, 5), nn.Linear(5, 4)
+        self.out = nn.Linear(4, SIZES[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        return self.out(h + self.down(self.up(h).relu()))  # type: ignore[no-any-return]
+
+
+def test_units_on_a_residual_stream_are_left_alone() -> None:
+    population = Population(_Residual, Table(), [Lane(0, SGD(), (ContinualBackprop(0.5, 2),))], compiled=False)
+    assert [layer.name for layer in population.units] == ["up"]
+    population.advance(10)
+    assert int(population.state.replaced) > 3
+
+
+def test_a_grouped_convolution_over_units_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 groups, b\.weight, reads the units of a.*ungrouped"):
+        Population(lambda: _Convolutions(2), Table(), [Lane(0, SGD())], compiled=False)
+
+
+def test_metrics_count_every_position_of_a_unit_as_a_sample() -> None:
+    population = Population(_Convolutions, Table(), [Lane(0, SGD(lr=0.05))], compiled=False, dtype=torch.float64)
+    population.advance(5)
+    model = _Convolutions().double()
+    model.load_state_dict(lane(population, 0).params)
+    x = population.feed.probe(5, 40)[..., 0].double()
+    with torch.no_grad():
+        h = model.a(x[:, None]).relu()
+        h2 = model.b(h).relu()
+    columns = [h.movedim(1, -1).reshape(-1, 4), h2.flatten(1)]
+    values = population.measure(samples=40)
+    dead = sum(int((one == 0).all(0).sum()) for one in (columns[0], h2.movedim(1, -1).reshape(-1, 4)))
+    assert float(values["dead_units"][0]) == pytest.approx(dead / 8)
+    share = torch.linalg.svdvals(h2.movedim(1, -1).reshape(-1, 4))
+    share = share / share.sum()
+    share = share[share > 1e-8]
+    assert float(values["effective_rank_entropy"][0]) == pytest.approx(float((-(share * share.log()).sum()).exp()))
+
+
+# --- what methods are shown -----------------------------------------------------------------------------------------
+
+
+class _Seen(NamedTuple):
+    """What :class:`_Looks` was shown in the last step, by a number each: a sum with weights by place."""
+
+    activations: dict[str, Tensor]
+    signals: dict[str, Tensor]
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class _Looks(Intervention):
+    """Writes down what it is shown, and checks that it is shown no more than somebody wants."""
+
+    wants: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    """What another method of the lane wants."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.wants)
+
+    def init(self, params: Any, units: Any) -> _Seen:
+        zero = next(iter(params.values())).new_zeros(())
+        zeros = {layer.name: zero for layer in units}
+        return _Seen(zeros, dict(zeros), torch.stack([zero, zero]))
+
+    def step(self, params: Any, state: _Seen, context: Context) -> tuple[dict[str, Tensor], _Seen]:
+        wanted = {*self.wants, *self.also}
+        assert bool(context.activations) == bool(wanted & {"activations", "signals"})
+        assert bool(context.signals) == ("signals" in wanted)
+        assert (context.loss is not None) == ("loss" in self.wants)
+        losses = state.losses
+        if context.loss is not None:
+            last, w = list(params.items())[-1]
+            losses = torch.stack([context.loss({}), context.loss({last: w + 1})])
+        activations = {name: fingerprint(h) for name, h in context.activations.items()} or state.activations
+        signals = {name: fingerprint(g) for name, g in context.signals.items()} or state.signals
+        return {}, _Seen(activations, signals, losses)
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    weights = torch.cos(torch.arange(tensor.numel(), dtype=tensor.dtype)).reshape(tensor.shape)
+    return (tensor * weights).sum()
+
+
+@pytest.mark.parametrize("wants", [(), ("activations",), ("signals",), ("loss",), ("activations", "signals", "loss")])
+def test_methods_are_shown_what_somebody_needs(wants: tuple[str, ...]) -> None:
+    population = populate([Lane(0, SGD(), (_Looks(wants),))])
+    population.advance(2)
+    seen = lane(population, 0).methods[1]
+    assert all((h != 0) == bool({"activations", "signals"} & set(wants)) for h in seen.activations.values())
+    assert all((g != 0) == ("signals" in wants) for g in seen.signals.values())
+    assert (seen.losses[0] != 0) == ("loss" in wants)
+    two = populate([Lane(0, SGD(), (_Looks(("signals",), also=wants), _Looks(wants, also=("signals",))))])
+    two.advance(2)
+    same(lane(two, 0).params, lane(population, 0).params)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("network", [_ByKeyword, _Conv, _Convolutions, _TwoReaders, _Residual])
+def test_signals_are_autograds(network: type[nn.Module], lanes: int) -> None:
+    """The gradient by what the readers of a unit are given, whatever the network's form."""
+    stream = Table(batch=3)
+    made = [Lane(seed, SGD(lr=0.0), (_Looks(("activations", "signals")),)) for seed in range(lanes)]
+    population = Population(network, stream, made, compiled=False, dtype=torch.float64)
+    population.advance(1)
+    for number in range(lanes):
+        model = network().double()
+        model.load_state_dict(lane(population, number).params, strict=False)
+        rectified: list[Tensor] = []
+
+        class Kept(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                out = func(*args, **(kwargs or {}))
+                if func in (torch.relu, Tensor.relu, F.relu):
+                    out.retain_grad()
+                    rectified.append(out)  # noqa: B023
+                return out
+
+        x, y = (torch.tensor(t[0], dtype=torch.float64) for t in stream.rows(number))
+        with Kept():
+            output = model(x)
+        ((output - y) ** 2).sum(-1).mean().backward()
+        seen = lane(population, number).methods[1]
+        assert len(population.units) == len(rectified)
+        for layer, h in zip(population.units, rectified, strict=True):
+            assert h.grad is not None
+            torch.testing.assert_close(seen.activations[layer.name], fingerprint(h.detach()), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(seen.signals[layer.name], fingerprint(h.grad), rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_is_that_of_the_parameters_as_they_are() -> None:
+    """After the rule: an intervention asks what its own change would do."""
+    stream = Table(batch=3)
+    population = populate([Lane(seed, SGD(lr=0.05), (_Looks(("loss",)),)) for seed in (0, 1)], stream)
+    population.advance(3)
+    for number in (0, 1):
+        state = lane(population, number)
+        x, y = (torch.tensor(t[2], dtype=torch.float64) for t in stream.rows(number))
+        model = MLP(hidden=SIZES[1:-1]).build(SIZES[0], SIZES[-1]).double()
+        for last in (0.0, 1.0):
+            model.load_state_dict({**state.params, "5.bias": state.params["5.bias"] + last})
+            expected = ((model(x) - y) ** 2).sum(-1).mean().detach()
+            torch.testing.assert_close(state.methods[1].losses[int(last)], expected, rtol=1e-12, atol=0)
+
+
+# --- coupled regularisers -------------------------------------------------------------------------------------------
+
+
+class _Scale(NamedTuple):
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class _Pull(Regulariser):
+    """Half the squared weights, times a number that its state doubles every step."""
+
+    rate: Scalar = scalar(0.1, low=0.0)
+    coupled: bool = True
+    growth: Scalar = scalar(1.0)
+
+    def init(self, params: Any, units: Any) -> _Scale:
+        return _Scale(next(iter(params.values())).new_ones(()))
+
+    def penalty(self, params: Any, state: _Scale, units: Any) -> Tensor:
+        return state.scale * sum(0.5 * (w**2).sum() for w in params.values())
+
+    def advance(self, params: Any, state: _Scale, units: Any) -> _Scale:
+        return _Scale(state.scale * self.growth)
+
+
+@pytest.mark.parametrize("rule", [SGD, Adam])
+def test_a_coupled_penalty_belongs_to_the_gradient_and_not_to_the_loss(rule: Any) -> None:
+    """Half the squared weights in the loss are L2 in the optimizer, for its moments too."""
+    lanes = [Lane(seed, rule(lr=0.01), (_Pull(rate),)) for seed, rate in ((0, 0.3), (1, 0.0))]
+    ours = populate(lanes)
+    theirs = populate([Lane(0, rule(lr=0.01, weight_decay=0.3)), Lane(1, rule(lr=0.01))])
+    for population in (ours, theirs):
+        population.advance(20)
+    for number in (0, 1):
+        same(lane(ours, number).params, lane(theirs, number).params, rtol=1e-9)
+        same(lane(ours, number).methods[0], lane(theirs, number).methods[0], rtol=1e-9)
+    same(ours.collect(20)["online_loss"], theirs.collect(20)["online_loss"], rtol=1e-9)
+
+
+def test_a_coupled_penalty_uses_the_state_from_before_the_step() -> None:
+    population = populate([Lane(0, SGD(lr=0.01), (_Pull(0.5, growth=2.0),))])
+    plain = populate([Lane(0, SGD(lr=0.01, weight_decay=0.5))])
+    population.advance(1)
+    plain.advance(1)
+    same(lane(population, 0).params, lane(plain, 0).params, rtol=1e-12)
+    assert float(lane(population, 0).methods[1].scale) == 2.0
+    decoupled = populate([Lane(0, SGD(lr=0.01), (_Pull(0.01, coupled=False),))])
+    bare = populate([Lane(0, SGD(lr=0.01))])
+    decoupled.advance(1)
+    bare.advance(1)
+    shrunk = {name: w * 0.99 for name, w in lane(bare, 0).params.items()}
+    same(lane(decoupled, 0).params, shrunk, rtol=1e-12)
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+class _Marks(NamedTuple):
+    events: Tensor
+    steps: Tensor
+    drawn: Tensor
+
+
+@dataclass(frozen=True)
+class _Now(Intervention):
+    """Adds noise to the last bias now and then, says that it is fresh, and that a unit is."""
+
+    size: Scalar = scalar(1.0)
+    every: int | None = whole(None)
+
+    def init(self, params: Any, units: Any) -> _Marks:
+        zero = torch.zeros((), dtype=torch.int32)
+        return _Marks(zero, zero, torch.zeros_like(params["5.bias"]))
+
+    def _draw(self, params: Any, context: Context) -> Tensor:
+        w = params["5.bias"]
+        return context.noise.normal("5.bias", elements(w)).to(w.dtype)
+
+    def step(self, params: Any, state: _Marks, context: Context) -> tuple[dict[str, Tensor], _Marks]:
+        return {}, state._replace(steps=state.steps + 1, drawn=self._draw(params, context))
+
+    def due(self, steps_made: int, task_ended: bool) -> bool:
+        return task_ended if self.every is None else self.every > 0 and steps_made % self.every == 0
+
+    def event(self, params: Any, state: _Marks, context: Context) -> Outcome:
+        assert not context.activations
+        w = params["5.bias"]
+        drawn = self._draw(params, context)
+        unit = torch.arange(SIZES[2]) == 1
+        right = torch.where((drawn - state.drawn).abs().amax() < 1e-4, 0.0, torch.nan)  # the noise is the step's own
+        changed = {"5.bias": w + self.size * drawn + right}
+        touched = {"5.bias": whole_parameter(w), "3.weight": {0: unit}}
+        return Outcome(changed, state._replace(events=state.events + 1), touched, {"3": unit})
+
+
+def now(seed: int, size: float = 1.0, every: int | None = 7, lr: float = 0.01) -> Lane:
+    return Lane(seed, SGD(lr=lr, momentum=0.9), (_Now(size, every), OFTEN))
+
+
+@pytest.mark.parametrize(("every", "steps", "expected"), [(7, 30, 4), (0, 30, 0), (None, 49, 0), (None, 100, 2)])
+def test_events_happen_when_due(every: int | None, steps: int, expected: int) -> None:
+    population = populate([now(0, every=every), now(1, every=every)])
+    population.advance(steps)
+    for number in (0, 1):
+        own = lane(population, number).methods[1]
+        assert (int(own.events), int(own.steps)) == (expected, steps)
+
+
+def test_an_event_changes_parameters_resets_the_rule_and_counts_units() -> None:
+    lanes = [Lane(seed, SGD(lr=0.01, momentum=0.9), (_Now(size, 5),)) for seed, size in ((3, 0.5), (4, 0.0))]
+    population = populate(lanes)
+    bare = populate([dataclasses.replace(one, interventions=()) for one in lanes])
+    for made in (population, bare):
+        made.advance(5)
+    for number, size in ((0, 0.5), (1, 0.0)):
+        ours, theirs = lane(population, number), lane(bare, number)
+        moved = theirs.params["5.bias"] + size * ours.methods[1].drawn
+        same(ours.params, theirs.params | {"5.bias": moved}, rtol=1e-12)
+        velocity = theirs.methods[0].velocity
+        velocity["5.bias"].zero_()
+        velocity["3.weight"][1] = 0
+        same(ours.methods[0].velocity, velocity, rtol=1e-12)
+        assert int(ours.replaced) == 1
+    assert not torch.equal(lane(population, 0).methods[1].drawn, lane(population, 1).methods[1].drawn)
+
+
+@pytest.mark.parametrize("every", [7, None])
+def test_cutting_and_resuming_between_events_changes_no_bit(every: int | None) -> None:
+    lanes = [now(0, every=every), now(3, every=every)]
+    whole_run, cut = (populate(lanes, dtype=torch.float32) for _ in range(2))
+    whole_run.advance(60)
+    for steps in (6, 1, 1, 0, 20, 21, 1):
+        cut.advance(steps)
+    resumed = populate(lanes, dtype=torch.float32)
+    resumed.load_state_dict(cut.state_dict())
+    resumed.advance(10)
+    same(resumed.state, whole_run.state)
+    assert int(whole_run.state.methods[1].events[0]) == (8 if every else 1)
+
+
+def test_a_lane_among_others_has_the_events_it_has_alone() -> None:
+    together, alone = populate([now(0), now(1, 0.5), now(1)]), populate([now(1, 0.5)])
+    for population in (together, alone):
+        population.advance(20)
+    same(lane(together, 1), lane(alone, 0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("pieces", [[30], [1] * 30, [7, 13, 10]], ids=str)
+@pytest.mark.parametrize("spoil", ["event", "step"])
+def test_a_lane_that_diverges_by_an_event_or_before_one_is_frozen(spoil: str, pieces: list[int]) -> None:
+    """By the event after step 6 (infinite weights), or by a step before it (then it must not have the event)."""
+    broken = now(1, size=1e308) if spoil == "event" else now(1, lr=1e30)
+    population, without = populate([now(0), broken, now(2)]), populate([now(0), now(1), now(2)])
+    for steps in pieces:
+        population.advance(steps)
+    without.advance(30)
+    at = int(population.state.diverged[1])
+    assert at == 6 if spoil == "event" else 0 < at < 7
+    for number in (0, 2):
+        same(lane(population, number), lane(without, number))
+    frozen = lane(population, 1)
+    assert int(frozen.methods[1].events) == 0
+    assert int(frozen.methods[1].steps) == at
+    assert all(torch.isfinite(w).all() for w in frozen.params.values())
+
+
+def test_nobody_is_asked_where_no_event_can_fall_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Population, steps_made: int) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(Population, "_run_events", fail)
+    populate([sgd(0)]).advance(3)
+    with pytest.raises(AssertionError, match="asked"):
+        populate([now(0)]).advance(3)
+
+
+@pytest.mark.compiles
+def test_compiled_lanes_see_and_do_what_uncompiled_ones_do() -> None:
+    """Signals, losses, a coupled penalty and events; five lanes, so that some are padding."""
+    needs = _Looks(("activations", "signals", "loss"))
+    lanes = [Lane(seed, SGD(lr=0.01, momentum=0.9), (needs, _Pull(0.1), _Now(0.1 * seed, 3))) for seed in range(5)]
+    made = [populate(lanes, dtype=torch.float32, compiled=compiled) for compiled in (True, False)]
+    for population in made:
+        population.advance(5)
+        population.advance(5)
+    same(made[0].state, made[1].state, rtol=2e-4)
+    assert made[0].state.methods[3].events.tolist() == [3] * 5
 
 
 # --- one compiled -----------------------------------------------------------------------------------------------------

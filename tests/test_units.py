@@ -211,12 +211,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str], str]] = {
     # name: (network, example, modules that must not be listed, a word of the reason)
     "residual stream": (
         lambda: Net(lambda m, x: _residual(m, x), a=nn.Linear(6, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 2)),
-        positive(6), {"a", "b"}, "joined",
+        positive(6), {"a", "b"}, "residual",
     ),
     "softmax": (_three(lambda m, x: m.c(m.b(m.a(x).relu()).softmax(1))), positive(6), {"b"}, "softmax"),
-    "layer norm": (_three(lambda m, x: m.c(F.layer_norm(m.b(m.a(x).relu()), (5,)))), positive(6), {"b"}, "layer_norm"),
     "sum over units": (
-        _three(lambda m, x: m.c(h := m.a(x).relu()) + h.sum(1, keepdim=True)), positive(6), {"a"}, "sum",
+        _three(lambda m, x: m.c(h := m.a(x).relu()) + h.sum(1, keepdim=True)), positive(6), {"a"}, "statistic",
     ),
     "mean over units": (
         _three(lambda m, x: m.c(h := m.a(x).relu()) * m.d(h.mean(1, keepdim=True)), d=lambda: nn.Linear(1, 1)),
@@ -272,19 +271,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str], str]] = {
         lambda: Net(lambda m, x: m.b(m.a(x).relu()[:, [0, 0, 0, 1]]), a=nn.Linear(6, 2), b=nn.Linear(4, 2)),
         positive(6), set(), "",
     ),
-    "gated": (
-        lambda: Net(lambda m, x: m.b(F.glu(m.a(x), 1)), a=nn.Linear(6, 8), b=nn.Linear(4, 2)),
-        positive(6), {"a"}, "glu",
-    ),
-    "grouped convolution": (
-        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(),
-                              nn.Linear(16, 2)),
-        torch.rand(3, 2, 5, 5), {"0"}, "grouped",
-    ),
-    "batch norm": (
-        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)),
-        torch.rand(3, 2, 5, 5), set(), "",
-    ),
     "read by nobody": (
         _three(lambda m, x: (m.a(x), m.c(m.b(x[:, :5]).relu()))[1]), positive(6), {"a"}, "read by no layer",
     ),
@@ -315,10 +301,12 @@ def test_refuses_or_proves(name: str) -> None:
     model = factory()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        units = trace(model, x)
+        units = trace(model, x).interior()
     prove(model, units, x)
     assert not banned & {layer.name for layer in units}
-    reasons = dict(units.refused)
+    reasons = {
+        name.partition("[")[0]: reason for name, reason in units.refused
+    }  # a part of a layer has its rows behind
     assert banned <= reasons.keys(), "left out without a reason"
     assert all(reasons.values())
     assert any(word in reason for reason in reasons.values()) or not word, reasons
@@ -457,20 +445,18 @@ def _part(m: nn.Linear, act: Callable[[Tensor], Any]) -> None:
 
 
 @pytest.mark.parametrize("act", [
-    lambda m: nn.init.orthogonal_(m.weight),
-    lambda m: nn.init.trunc_normal_(m.weight),
     lambda m: nn.init.sparse_(m.weight, 0.5),
     lambda m: nn.init.eye_(m.weight),
-    lambda m: _part(m, lambda w: w.copy_(torch.rand(5, 6))),
-    lambda m: _part(m, lambda w: w.mul_(0.1)),
-    lambda m: _part(m, lambda w: w[0].zero_()),
-    lambda m: _part(m, lambda w: w[2].zero_()),
+    lambda m: _part(m, lambda w: w.copy_(torch.rand(5, 6) - 0.5)),
+    lambda m: _part(m, lambda w: w.mul_(torch.rand(6))),
+    lambda m: _part(m, lambda w: w[0].fill_(0.1)),
+    lambda m: _part(m, lambda w: w[2].normal_()),
     lambda m: _part(m, lambda w: w[:, :3].normal_()),
     lambda m: _part(m, lambda w: w[1:].mul_(0.1)),
     lambda m: _part(m, lambda w: torch.add(w, 1.0, out=w)),
     lambda m: setattr(m, "weight", nn.Parameter(torch.rand(5, 6) - 0.5)),
-    lambda m: setattr(m, "weight", nn.Parameter(torch.empty(5, 6).uniform_() / 3)),
-], ids=["orthogonal", "truncated", "sparse", "eye", "copy", "scaled", "first row", "a row", "columns", "rows scaled",
+    lambda m: setattr(m, "weight", nn.Parameter(torch.empty(5, 6).uniform_().square())),
+], ids=["sparse", "eye", "copy", "scaled", "first row", "a row", "columns", "rows scaled",
         "out", "made elsewhere", "made of a draw"])  # fmt: skip
 def test_omits_what_it_cannot_redraw(act: Callable[[nn.Linear], Any]) -> None:
     assert "weight" not in _drawn(act)
@@ -482,7 +468,7 @@ def test_a_truncated_normal_is_never_taken_for_a_plain_draw(bounds: tuple[float,
     numbers may not happen: the answer must not depend on the luck of the draw."""
     for seed in range(30):
         found = _drawn(lambda m: nn.init.trunc_normal_(m.weight, 0.0, 1.0, *bounds), seed)
-        assert "weight" not in found, seed
+        assert found["weight"] == Distribution("truncated_normal", 0.0, 1.0, *bounds), seed
 
 
 def test_a_freed_tensors_fill_is_not_anothers() -> None:

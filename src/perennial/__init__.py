@@ -1,22 +1,26 @@
 """Perennial keeps neural networks able to learn."""
 
-from perennial.methods import SGD, UPGD, Adam, ContinualBackprop, ShrinkAndPerturb
+from perennial import methods
+from perennial.attach import Keeper, attach
+from perennial.methods import *  # noqa: F403 - every method is one import away
 from perennial.networks import MLP
 from perennial.population import Lane, Population
 from perennial.streams import PermutedDigits, SlowlyChangingRegression
+from perennial.units import UnitMap, prove, trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
-    "SGD",
-    "UPGD",
-    "Adam",
-    "ContinualBackprop",
+    "Keeper",
     "Lane",
     "PermutedDigits",
     "Population",
-    "ShrinkAndPerturb",
     "SlowlyChangingRegression",
+    "UnitMap",
     "__version__",
+    "attach",
+    "prove",
+    "trace",
+    *(method.__name__ for method in methods.REGISTRY),
 ]

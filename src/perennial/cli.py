@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from perennial.cli_units import units
 from perennial.studies import StudyError, as_yaml, load, parse_setting, shipped
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.command()(units)
 _console = Console()
 
 

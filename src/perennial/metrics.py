@@ -12,6 +12,18 @@ import torch
 from torch import Tensor
 
 
+def features(activation: Tensor) -> Tensor:
+    """A layer's activation as the metrics take it: every position of a sample counts as a sample of its own.
+
+    Args:
+        activation: [samples, units] or [samples, units, positions...].
+
+    Returns:
+        [samples x positions, units].
+    """
+    return activation.movedim(1, -1).flatten(0, -2) if activation.dim() > 2 else activation
+
+
 def dead_units(activations: Sequence[Tensor]) -> Tensor:
     """Share of hidden units that are exactly zero on every sample, in [0, 1].
 

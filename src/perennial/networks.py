@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from perennial.modules import CReLU, DeepFourier
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
@@ -18,6 +20,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "leaky_relu": nn.LeakyReLU,
     "swish": nn.SiLU,
     "linear": nn.Identity,
+    "crelu": CReLU,
+    "deep_fourier": DeepFourier,
 }
 
 _GAINS = {
@@ -28,20 +32,29 @@ _GAINS = {
     "leaky_relu": math.sqrt(2 / (1 + 0.01**2)),
     "swish": math.sqrt(2),
     "linear": 1.0,
+    "crelu": math.sqrt(2),
+    "deep_fourier": math.sqrt(2),
 }
-"""What ``torch.nn.init.calculate_gain`` gives; it refuses ELU and swish, which get ReLU's as in the papers' code."""
+"""What ``torch.nn.init.calculate_gain`` gives; it refuses ELU and swish, which get ReLU's as in the papers' code.
+
+Where a unit becomes two, the two together have the unit's mean square (CReLU) or 1 (Fourier features): as for ReLU, the
+mean square of an input is half of what the gain must restore.
+"""
 
 
 @dataclass(frozen=True)
 class MLP:
-    """A multilayer perceptron; weights Kaiming-uniform, biases zero (or as torch.nn.Linear draws them)."""
+    """A multilayer perceptron; weights Kaiming-uniform, biases zero (or as torch.nn.Linear draws them).
+
+    With crelu and deep_fourier, which give two units for one, a layer reads twice the units of the hidden layer before.
+    """
 
     name: ClassVar[str] = "mlp"
 
     hidden: tuple[int, ...] = (5,)
     """Units of each hidden layer."""
     activation: str = "relu"
-    """One of sigmoid, tanh, elu, relu, leaky_relu, swish, linear."""
+    """One of sigmoid, tanh, elu, relu, leaky_relu, swish, linear, crelu, deep_fourier."""
     init: str = "kaiming"
     """``kaiming``: uniform on +-gain * sqrt(3 / fan_in), the output layer with gain 1, zero biases, as in the Nature
     paper's code. ``default``: as torch.nn.Linear."""
@@ -57,9 +70,11 @@ class MLP:
     def build(self, inputs: int, outputs: int) -> nn.Module:
         """The network for flat inputs; parameters drawn from torch's global generator."""
         sizes = (inputs, *self.hidden, outputs)
+        doubling = issubclass(ACTIVATIONS[self.activation], (CReLU, DeepFourier))
         layers: list[nn.Module] = []
-        for depth, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        for depth, (units, fan_out) in enumerate(itertools.pairwise(sizes)):
             last = depth == len(sizes) - 2
+            fan_in = 2 * units if doubling and depth > 0 else units
             linear = nn.Linear(fan_in, fan_out)
             if self.init == "kaiming":
                 bound = (1.0 if last else _GAINS[self.activation]) * math.sqrt(3 / fan_in)
@@ -90,8 +105,9 @@ def rectified(model: nn.Module) -> bool:
     known.
     """
     signed = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.Identity, nn.GELU, nn.SELU, nn.Softplus, nn.Mish)
-    found = [m for m in model.modules() if isinstance(m, (nn.ReLU, nn.ReLU6, nn.Hardtanh, *signed))]
-    return not found or any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in found)
+    rectifiers = (nn.ReLU, nn.ReLU6, CReLU)
+    found = [m for m in model.modules() if isinstance(m, (nn.Hardtanh, DeepFourier, *rectifiers, *signed))]
+    return not found or any(isinstance(m, rectifiers) for m in found)
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

@@ -4,30 +4,74 @@ To add one, write its file and add its class to :data:`REGISTRY`.
 """
 
 from perennial.methods.adam import Adam
-from perennial.methods.base import Context, Intervention, Method, Rule, Scalar
+from perennial.methods.base import Context, Intervention, Method, Outcome, Regulariser, Rule, Scalar
 from perennial.methods.continual_backprop import ContinualBackprop
+from perennial.methods.dash import DASH
+from perennial.methods.fire import FIRE
+from perennial.methods.hare_and_tortoise import HareAndTortoise
+from perennial.methods.l1_init import L1Init
+from perennial.methods.l2_init import L2Init
+from perennial.methods.normalize_and_project import NormalizeAndProject
+from perennial.methods.parseval import Parseval
+from perennial.methods.redo import ReDo
+from perennial.methods.regrama import ReGraMa
+from perennial.methods.reset_layers import ResetLayers
+from perennial.methods.self_normalized_resets import SelfNormalizedResets
 from perennial.methods.sgd import SGD
 from perennial.methods.shrink_and_perturb import ShrinkAndPerturb
+from perennial.methods.spectral_regularisation import SpectralRegularisation
 from perennial.methods.upgd import UPGD
+from perennial.methods.wasserstein_init import WassersteinInit
+from perennial.methods.weight_clipping import WeightClipping
 
 REGISTRY: tuple[type[Method], ...] = (
     SGD,
     Adam,
     UPGD,
+    L2Init,
+    L1Init,
+    WassersteinInit,
+    Parseval,
+    SpectralRegularisation,
+    WeightClipping,
     ShrinkAndPerturb,
+    NormalizeAndProject,
+    ResetLayers,
+    HareAndTortoise,
+    DASH,
+    FIRE,
     ContinualBackprop,
+    ReDo,
+    ReGraMa,
+    SelfNormalizedResets,
 )
 
 __all__ = [
+    "DASH",
+    "FIRE",
     "REGISTRY",
     "SGD",
     "UPGD",
     "Adam",
     "Context",
     "ContinualBackprop",
+    "HareAndTortoise",
     "Intervention",
+    "L1Init",
+    "L2Init",
     "Method",
+    "NormalizeAndProject",
+    "Outcome",
+    "Parseval",
+    "ReDo",
+    "ReGraMa",
+    "Regulariser",
+    "ResetLayers",
     "Rule",
     "Scalar",
+    "SelfNormalizedResets",
     "ShrinkAndPerturb",
+    "SpectralRegularisation",
+    "WassersteinInit",
+    "WeightClipping",
 ]

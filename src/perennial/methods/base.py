@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
@@ -39,20 +39,38 @@ State: TypeAlias = Any
 """A method's own ``NamedTuple`` of tensors and dicts of tensors."""
 
 Touched: TypeAlias = Mapping[str, Mapping[int, Tensor]]
-"""Parameter name -> {dimension: bool [its length]}; see :meth:`perennial.units.UnitMap.touched`."""
+"""Parameter name -> {dimension: bool [its length]}; see :meth:`perennial.units.UnitMap.touched`.
+:func:`whole_parameter` marks all of one."""
 
 
 class Context(NamedTuple):
-    """What a method may look at in one step."""
+    """What a method may look at in one step.
+
+    Activations and signals are there if the method's :attr:`Method.needs` names them, the loss likewise.
+    """
 
     grads: Tensors
     """The gradient of the loss by parameter name, from before the step."""
     activations: Tensors
-    """The activation of each unit layer in this step's forward pass, by layer name: [samples, units]."""
+    """The activation of each unit layer in this step's forward pass, by layer name: [samples, units], or
+    [samples, units, positions...] where a unit stands at several places of a sample (a convolution). The reductions of
+    :mod:`perennial.scores` take either."""
     noise: Noise
     """This step's random numbers, already scoped to the method."""
     units: UnitMap
     """The network's hidden units, and how its parameters were first drawn."""
+    signals: Tensors = {}
+    """The gradient of the loss by each unit's activation, by layer name, the activation's shape."""
+    loss: Callable[[Tensors], Tensor] | None = None
+    """The loss [] on this step's examples as a function of the parameters, by name; those left out are as they are."""
+    buffers: Tensors = {}
+    """Running statistics of norms, by qualified name; a step may return changed ones beside the parameters."""
+    reduce: Callable[[Tensor], Tensor] = lambda score: score
+    """The mean of a tensor over the processes of a data-parallel job; the tensor itself where there is one process.
+    What a method computes from activations or signals goes through it, so that all processes decide alike."""
+    in_place: bool = False
+    """The parameters are a user's own: :func:`perennial.methods.replace.replace_units` writes rows into them instead of
+    returning whole tensors. Methods need not look at it."""
 
 
 def number(
@@ -73,6 +91,14 @@ def number(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def whole(default: int | None, *, low: int = 0) -> Any:
+    """A field for a whole number from ``low``: structure, the same in all lanes of a program.
+
+    None is a value of the field only if it is its default.
+    """
+    return dataclasses.field(default=default, metadata={"whole_low": low})
+
+
 def choice(default: str, *options: str) -> Any:
     """A field for a name out of a closed list."""
     return dataclasses.field(default=default, metadata={"options": options})
@@ -83,11 +109,12 @@ class Method:
     """Base of every method: ranges checked, a name, nothing else."""
 
     name: ClassVar[str]
-    """Under which studies and the command line know it: the class name in snake case."""
+    """Under which studies and the command line know it: the class name in snake case, unless the class says another."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        if "name" not in vars(cls):
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -99,6 +126,12 @@ class Method:
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"{where} is {value!r}; it is True or False")
             absent = value is None and field.default is None
+            if "whole_low" in field.metadata and not absent:
+                low = field.metadata["whole_low"]
+                if isinstance(value, bool) or not isinstance(value, int):
+                    raise TypeError(f"{where} is {value!r}, which is not a whole number")
+                if value < low:
+                    raise ValueError(f"{where} is {value}; it must be at least {low}")
             if "low" in field.metadata and not absent and not isinstance(value, Tensor):
                 _check_range(where, value, **field.metadata)
 
@@ -106,6 +139,14 @@ class Method:
     def scalars(cls) -> tuple[str, ...]:
         """The fields that may differ between lanes."""
         return tuple(f.name for f in dataclasses.fields(cls) if "low" in f.metadata)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads of the context beyond gradients, of ``"activations"``, ``"signals"`` and ``"loss"``.
+
+        What nobody needs is not recorded: a forward hook less on a user's model.
+        """
+        return frozenset()
 
     @classmethod
     def settled(cls, methods: Sequence[Self], units: UnitMap) -> Sequence[Self]:
@@ -143,16 +184,85 @@ class Rule(Method):
         )
 
 
-class Intervention(Method):
-    """A method that changes parameters after the optimizer has."""
+class Outcome(NamedTuple):
+    """What an event of an intervention did."""
 
-    OFF: ClassVar[Mapping[str, float]] = {}
+    changed: dict[str, Tensor]
+    """The parameters and buffers that change, by name."""
+    state: State
+    """The method's next state."""
+    touched: Touched = {}
+    """Where weights are fresh, so that the optimizer's state there starts anew."""
+    replaced: Tensors = {}
+    """Which units are fresh: layer name -> bool [units]. Counted, and shown to the user."""
+
+
+class Intervention(Method):
+    """A method that changes parameters after the optimizer has.
+
+    ``step`` runs after every optimizer step. What is done only now and then (every thousand steps, or when a new task
+    begins) goes into ``event``, which the caller runs after ``step`` where :meth:`due` says so; in a population it is
+    not part of the compiled step and costs nothing in between.
+    """
+
+    OFF: ClassVar[Mapping[str, Any]] = {}
     """The hyper-parameters at which it does nothing, bit for bit."""
 
+    def step(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
+        """After every optimizer step: the parameters that change, by name, and the next state."""
+        return {}, state
+
     def replaced(self, state: State) -> dict[str, Tensor]:
-        """Which units the last step re-initialised: layer name -> bool [units]. The caller resets the optimizer's
+        """Which units the last ``step`` re-initialised: layer name -> bool [units]. The caller resets the optimizer's
         state there. Empty for a method that replaces none."""
         return {}
+
+    def due(self, steps_made: int, task_ended: bool) -> bool:
+        """Whether ``event`` runs after this step. A plain function of its arguments and of structure.
+
+        Args:
+            steps_made: optimizer steps so far, this one included.
+            task_ended: a new task begins with the next step.
+        """
+        return False
+
+    def event(self, params: Tensors, state: State, context: Context) -> Outcome:
+        """The rare part; see :meth:`due`."""
+        return Outcome({}, state)
+
+
+class Regulariser(Intervention):
+    r"""An intervention that goes down a penalty :math:`\Omega` on the parameters.
+
+    Decoupled (the default) it takes a step of its own after the optimizer's,
+    :math:`w \leftarrow w - r \nabla\Omega(w)`, which no momentum and no Adam rescales. Coupled,
+    :math:`r\,\Omega` belongs to the loss: a population adds it, on a user's model ``loss = loss + keeper.penalty()``
+    does.
+
+    A subclass has the fields ``rate`` and ``coupled`` and defines :meth:`penalty`.
+    """
+
+    rate: Scalar
+    coupled: bool
+
+    OFF = {"rate": 0.0}
+
+    def penalty(self, params: Tensors, state: State, units: UnitMap) -> Tensor:
+        """The penalty, [], without the factor ``rate``."""
+        raise NotImplementedError(f"{type(self).__name__} defines no penalty")
+
+    def advance(self, params: Tensors, state: State, units: UnitMap) -> State:
+        """The next state, from the parameters after the step; most regularisers have a constant one."""
+        return state
+
+    def step(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
+        new = self.advance(params, state, context.units)
+        if self.coupled:
+            return {}, new
+        slope = torch.func.grad(lambda p: self.penalty(p, new, context.units))(dict(params))
+        down = {name: self.rate * slope[name] for name in params}
+        # Minus nothing is not always nothing: -0.0 - -0.0 is 0.0.
+        return {name: torch.where(down[name] == 0, w, w - down[name]) for name, w in params.items()}, new
 
 
 def _check_range(
@@ -177,8 +287,16 @@ def _cleared(entry: Tensor | tuple[Tensor, ...], dims: Mapping[int, Tensor]) -> 
             for d, ages in enumerate(entry)
         )
     for dim, mask in dims.items():
-        entry = torch.where(along(mask, dim, entry.dim()), torch.zeros_like(entry), entry)
+        mask = mask if dim < 0 else along(mask, dim, entry.dim())
+        entry = torch.where(mask, torch.zeros_like(entry), entry)
     return entry
+
+
+def whole_parameter(param: Tensor) -> dict[int, Tensor]:
+    """The mark of :data:`Touched` on every element of a parameter."""
+    if not param.dim():
+        return {-1: torch.ones((), dtype=torch.bool, device=param.device)}
+    return {0: torch.ones(param.shape[0], dtype=torch.bool, device=param.device)}
 
 
 def start_ages(param: Tensor) -> tuple[Tensor, ...]:

@@ -12,10 +12,14 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from perennial.methods.base import Context, Intervention, Scalar, Tensors, choice, number, reached
-from perennial.noise import Noise, elements
-from perennial.scores import adaptation, contribution, mean_corrected_contribution
-from perennial.units import UnitLayer, UnitMap, bias_beside
+from perennial import scores
+from perennial.methods.base import Context, Scalar, Tensors, choice, number, reached
+from perennial.methods.replace import Chosen, ReplacesUnits, changes, on_host, replace_units, working_copy
+from perennial.noise import Noise
+from perennial.units import UnitLayer, UnitMap
+
+_READS_MEAN = ("mean_corrected_contribution", "adaptable_contribution")
+_READS_ACTIVATIONS = ("contribution", *_READS_MEAN, "activation", "taylor", "fisher")
 
 
 class ContinualBackpropState(NamedTuple):
@@ -31,10 +35,12 @@ class ContinualBackpropState(NamedTuple):
     """float64 []: units due for replacement, the fraction left over from earlier steps included."""
     replaced: dict[str, Tensor]
     """bool [units]: which units the last step replaced."""
+    kept: dict[str, Tensor]
+    """By parameter name, its shape: what "rewind" goes back to; empty for the other ways to re-initialise."""
 
 
 @dataclass(frozen=True)
-class ContinualBackprop(Intervention):
+class ContinualBackprop(ReplacesUnits):
     r"""Continual backpropagation (Dohare et al., Nature 2024): re-initialise a few of the least useful mature units all
     the time, so that the network never runs out of fresh ones.
 
@@ -63,12 +69,15 @@ class ContinualBackprop(Intervention):
     """Steps for which a new unit is left alone, m."""
     utility_decay: Scalar = number(0.99, low=0.0, high=1.0, open_high=True)
     """Decay of the average utility and of the average activation, eta."""
-    utility: str = choice("contribution", "contribution", "mean_corrected_contribution", "adaptable_contribution")
-    """The score of a unit; see :mod:`perennial.scores`."""
+    utility: str = choice(
+        "contribution", "contribution", *_READS_MEAN, "outgoing_magnitude", "incoming_magnitude", "activation",
+        "taylor", "fisher", "random", "exact",
+    )  # fmt: skip
+    """The score of a unit before averaging; see :mod:`perennial.scores`. Beside those: "random", a uniform number drawn
+    at every step and neither averaged nor corrected, a control; and "exact", the loss on the step's examples with the
+    unit's outgoing weights at zero, minus the loss: a forward pass for every unit at every step."""
     bias_correction: bool = False
     """Rank by :math:`u_j / (1 - \\eta^{a_j})`, so that young units are not replaced for being young."""
-    bias_transfer: bool = False
-    """Add a replaced unit's mean contribution to the biases of its readers."""
     accumulate: bool = True
     """Carry fractions of a unit over to later steps (Algorithm 1); False replaces one with that probability."""
     per_step: int | None = None
@@ -90,34 +99,32 @@ class ContinualBackprop(Intervention):
         most = math.floor(fastest * max((layer.size for layer in units), default=1)) + 1
         return [dataclasses.replace(m, per_step=most) if m.per_step is None else m for m in methods]
 
+    @property
+    def needs(self) -> frozenset[str]:
+        found = set()
+        if self.utility in _READS_ACTIVATIONS or self.bias_transfer:
+            found.add("activations")
+        if self.utility in ("taylor", "fisher"):
+            found.add("signals")
+        if self.utility == "exact":
+            found.add("loss")
+        return frozenset(found)
+
     def init(self, params: Tensors, units: UnitMap) -> ContinualBackpropState:
-        if not len(units):
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in units.refused) or "it has no hidden layer"
-            raise ValueError(f"continual_backprop found no hidden units to keep in this network ({reasons})")
-        for layer in units:
-            for part in layer.incoming:
-                if part.parameter not in units.initial:
-                    raise ValueError(
-                        f"continual_backprop cannot redraw {part.parameter}: how it was first drawn is not known. Fill "
-                        "it with torch.nn.init's uniform, normal, kaiming, xavier or constant functions in the factory"
-                    )
-            if self.bias_transfer:
-                for part in layer.outgoing:
-                    if bias_beside(part.parameter) not in params:
-                        raise ValueError(f"bias_transfer needs a bias beside {part.parameter}, and there is none")
-        like = {layer.name: params[layer.incoming[0].parameter] for layer in units}
-        zeros = {layer.name: like[layer.name].new_zeros(layer.size) for layer in units}
+        self.check(params, units)
+        zeros = self.zeros(params, units)
         return ContinualBackpropState(
             utility=zeros,
             mean=dict(zeros) if self._uses_mean else {},
             age={name: z.to(torch.int32) for name, z in zeros.items()},
             quota={name: z.new_zeros((), dtype=torch.float64) for name, z in zeros.items()},
             replaced={name: z.to(torch.bool) for name, z in zeros.items()},
+            kept=self.start(params, units),
         )
 
     @property
     def _uses_mean(self) -> bool:
-        return self.bias_transfer or self.utility != "contribution"
+        return self.bias_transfer or self.utility in _READS_MEAN
 
     def replaced(self, state: ContinualBackpropState) -> dict[str, Tensor]:
         return state.replaced
@@ -125,42 +132,67 @@ class ContinualBackprop(Intervention):
     def step(
         self, params: Tensors, state: ContinualBackpropState, context: Context
     ) -> tuple[dict[str, Tensor], ContinualBackpropState]:
-        current = dict(params)
+        kept = self.keep(params, state.kept, context)
+        current = working_copy(params, context)
         utility, mean, age, quota, replaced = {}, {}, {}, {}, {}
         for layer in context.units:
             key = layer.name
-            h = context.activations[key]
-            a = state.age[key] + 1
-            grown = reached(self.utility_decay, a.to(h.dtype))  # what an average of ones would have reached
+            u, a = state.utility[key], state.age[key] + 1
+            grown = reached(self.utility_decay, a.to(u.dtype))  # what an average of ones would have reached
             running = None
             if self._uses_mean:
-                running = self.utility_decay * state.mean[key] + (1 - self.utility_decay) * h.mean(0)
-            instant = self._score(layer, current, h, None if running is None else running / grown)
-            u = self.utility_decay * state.utility[key] + (1 - self.utility_decay) * instant
+                now = context.reduce(scores.mean_activation(context.activations[key]))
+                running = self.utility_decay * state.mean[key] + (1 - self.utility_decay) * now
+            corrected = None if running is None else running / grown
+            instant = self._score(layer, params, current, context, corrected)
+            if self.utility == "random":
+                u = rank = instant.to(u.dtype)
+            else:
+                u = self.utility_decay * u + (1 - self.utility_decay) * instant
+                rank = u / grown if self.bias_correction else u
             mature = a > self.maturity_threshold
             due, quota[key] = self._due(layer, state.quota[key], mature, context.noise)
-            hits = self._lowest(u / grown if self.bias_correction else u, mature, due)
-            mark = functools.reduce(torch.add, [hit for _, hit in hits])
-            gone = mark > 0
-            if self.bias_transfer and running is not None:
-                _transfer_bias(layer, current, torch.where(gone, running / grown, 0.0))
-            _redraw(layer, current, hits, mark, context)
-            utility[key] = torch.where(gone, 0.0, u)
-            age[key] = torch.where(gone, 0, a)
-            replaced[key] = gone
+            chosen = self._lowest(layer, rank, mature, due, context)
+            if chosen is None:
+                gone = torch.zeros_like(mature)
+            else:
+                gone = chosen.mark > 0
+                replace_units(
+                    layer, current, chosen, context, reinitialise=self.reinitialise,
+                    mean=corrected if self.bias_transfer else None, useful=self._useful(rank, mature, gone), kept=kept,
+                )  # fmt: skip
+                u, a = torch.where(gone, 0.0, u), torch.where(gone, 0, a)
+                running = None if running is None else torch.where(gone, 0.0, running)
+            utility[key], age[key], replaced[key] = u, a, gone
             if running is not None:
-                mean[key] = torch.where(gone, 0.0, running)
-        changed = {name: w for name, w in current.items() if w is not params[name]}
-        return changed, ContinualBackpropState(utility, mean, age, quota, replaced)
+                mean[key] = running
+        return changes(current, params, context), ContinualBackpropState(utility, mean, age, quota, replaced, kept)
 
-    def _score(self, layer: UnitLayer, params: Tensors, h: Tensor, mean: Tensor | None) -> Tensor:
-        readers = [part.gather(params[part.parameter]) for part in layer.outgoing]
-        outgoing = readers[0] if len(readers) == 1 else torch.cat(readers, 1)
+    def _score(
+        self, layer: UnitLayer, params: Tensors, current: Tensors, context: Context, mean: Tensor | None
+    ) -> Tensor:
+        """The score of this step, [units], the same in all processes."""
+        if self.utility == "random":
+            element = torch.arange(layer.size, dtype=torch.int32, device=context.noise.key.device)
+            return context.noise.uniform(f"{layer.name}.utility", element)
+        if self.utility == "exact":
+            return context.reduce(_loss_without(layer, params, current, context))
+        if self.utility == "outgoing_magnitude":
+            return scores.outgoing_magnitude(*_readers(layer, current))
+        if self.utility == "incoming_magnitude":
+            return scores.incoming_magnitude(*_producers(layer, current))
+        h = context.activations[layer.name]
+        if self.utility == "activation":
+            return context.reduce(scores.activation_magnitude(h))
+        if self.utility == "taylor":
+            return context.reduce(scores.taylor(h, context.signals[layer.name]))
+        if self.utility == "fisher":
+            return context.reduce(scores.fisher(h, context.signals[layer.name]))
         if self.utility == "contribution" or mean is None:
-            return contribution(h, outgoing)
-        score = mean_corrected_contribution(h, mean, outgoing)
+            return context.reduce(scores.contribution(h, *_readers(layer, current)))
+        score = context.reduce(scores.mean_corrected_contribution(h, mean, *_readers(layer, current)))
         if self.utility == "adaptable_contribution":
-            score = score * adaptation(layer.incoming[0].gather(params[layer.incoming[0].parameter]))
+            score = score * scores.adaptation(*_producers(layer, current))
         return score
 
     def _due(self, layer: UnitLayer, quota: Tensor, mature: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
@@ -177,50 +209,61 @@ class ContinualBackprop(Intervention):
     def _most(self, layer: UnitLayer) -> int:
         return layer.size if self.per_step is None else min(self.per_step, layer.size)
 
-    def _lowest(self, utility: Tensor, mature: Tensor, due: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The mature units of lowest utility, the first of equals first: for each replacement that the program has room
-        for, the unit's number, int64 [], and a mask [units] of zeros and, if the unit is due, a one at its place.
-
-        A mask of numbers, because compiled loops read floats at once and booleans one by one.
-        """
-        number = torch.arange(utility.shape[0], device=utility.device)
+    def _lowest(
+        self, layer: UnitLayer, utility: Tensor, mature: Tensor, due: Tensor, context: Context
+    ) -> Chosen | None:
+        """The mature units of lowest utility, the first of equals first, as many as are due; None where it is known
+        that none is."""
         open_ = torch.where(mature, utility, math.inf)
-        hits = []
-        for rank in range(1 if self.per_step is None else min(self.per_step, utility.shape[0])):
+        if context.in_place:
+            most = int(due) if on_host(due) else self._most(layer)
+            if most == 0:
+                return None
+            index = open_.argsort(stable=True)[:most]
+            hit = (torch.arange(most, device=due.device) < due).to(utility.dtype)
+            return Chosen(torch.zeros_like(utility).index_copy(0, index, hit), index)
+        unit = torch.arange(layer.size, device=utility.device)
+        found, marks = [], []
+        for rank in range(self._most(layer)):
             lowest = open_.argmin(0)
-            hit = (number == lowest).to(utility.dtype) * mature.to(utility.dtype) * (due > rank).to(utility.dtype)
+            hit = (unit == lowest).to(utility.dtype) * mature.to(utility.dtype) * (due > rank).to(utility.dtype)
             open_ = torch.where(hit > 0, math.inf, open_)
-            hits.append((lowest, hit))
-        return hits
+            found.append(lowest)
+            marks.append(hit)
+        return Chosen(functools.reduce(torch.add, marks), torch.stack(found))
+
+    def _useful(self, utility: Tensor, mature: Tensor, gone: Tensor) -> Tensor | None:
+        """How useful each unit is that may be split: a mature one, if one is left."""
+        if self.reinitialise != "split":
+            return None
+        grown_up = mature & ~gone
+        return torch.where(grown_up | ~grown_up.any(), utility, -math.inf)
 
 
-def _transfer_bias(layer: UnitLayer, params: dict[str, Tensor], mean: Tensor) -> None:
-    for part in layer.outgoing:
-        w = params[part.parameter]
-        moved = (part.gather(w) * mean[:, None]).sum(0)
-        bias = params[bias_beside(part.parameter)]
-        params[bias_beside(part.parameter)] = bias + moved.reshape(part.index.shape[1], bias.shape[0], -1).sum((0, 2))
+def _readers(layer: UnitLayer, params: Tensors) -> list[Tensor]:
+    return [part.gather(params[part.parameter]) for part in layer.outgoing]
 
 
-def _redraw(
-    layer: UnitLayer, params: dict[str, Tensor], hits: list[tuple[Tensor, Tensor]], mark: Tensor, context: Context
-) -> None:
-    for part in layer.outgoing:
-        w = params[part.parameter]
-        params[part.parameter] = torch.where(part.mask(mark, w) > 0, 0.0, w)
-    for part in layer.incoming:
-        w = params[part.parameter]
-        source = context.units.initial[part.parameter]
-        if source.kind == "constant" or w.dim() == 1:
-            fresh = source.draw(context.noise, part.parameter, elements(w)).to(w.dtype)
-            params[part.parameter] = torch.where(part.mask(mark, w) > 0, fresh, w)
-            continue
-        # One row a replacement instead of the whole matrix: the numbers are those of the rows' own elements.
-        width = w[0].numel()
-        column = torch.arange(width, dtype=torch.int32, device=w.device)
-        for lowest, hit in hits:
-            row = lowest.to(torch.int32) * width
-            fresh = source.draw(context.noise, part.parameter, row + column).to(w.dtype)
-            row_shaped = fresh.unflatten(0, w.shape[1:]) if w.dim() > 2 else fresh
-            w = torch.where(part.mask(hit, w) > 0, row_shaped.unsqueeze(0), w)
-        params[part.parameter] = w
+def _producers(layer: UnitLayer, params: Tensors) -> list[Tensor]:
+    """The incoming weights, without biases."""
+    weights = [part for part in layer.incoming if params[part.parameter].dim() > 1]
+    return [part.gather(params[part.parameter]) for part in weights]
+
+
+def _loss_without(layer: UnitLayer, params: Tensors, current: Tensors, context: Context) -> Tensor:
+    """The loss without each unit, minus the loss, [units]."""
+    loss = context.loss
+    assert loss is not None, "the loss was asked for by `needs`"
+    changed = changes(current, params, context)
+
+    def without(unit: Tensor) -> Tensor:
+        tried = dict(changed)
+        for part in layer.outgoing:
+            w = tried.get(part.parameter, current[part.parameter])
+            tried[part.parameter] = torch.where(part.mask(unit, w) > 0, 0.0, w)
+        return loss(tried)
+
+    each = torch.eye(layer.size, device=current[layer.tap].device)
+    # In place one after the other: a user's model need not work under vmap, nor fit into memory several times.
+    found = torch.stack([without(unit) for unit in each]) if context.in_place else torch.vmap(without)(each)
+    return found - loss(changed)

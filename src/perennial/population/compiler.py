@@ -93,22 +93,37 @@ def _lanes_innermost(lanes: int) -> Iterator[None]:
     """
     from torch._inductor import ir
 
-    realize = ir.StorageBox.realize
+    realize, join = ir.StorageBox.realize, ir.ConcatKernel.__dict__["realize_into"]
+    joining = 0
 
     def realize_by_lanes(box: Any) -> Any:
         name = realize(box)
         buffer = box.data
-        if lanes >= _VECTOR and isinstance(buffer, ir.ComputedBuffer) and isinstance(buffer.layout, ir.FlexibleLayout):
+        if lanes < _VECTOR or joining or not isinstance(buffer, ir.ComputedBuffer):
+            return name
+        if isinstance(buffer.layout, ir.FlexibleLayout):
             size = buffer.get_size()
             if len(size) > 1 and size[0] == lanes:
                 buffer.freeze_layout_with_fill_order([0, *reversed(range(1, len(size)))])
         return name
 
+    def join_freely(source: Any, target: Any) -> Any:
+        # A part of a concatenation takes the whole's layout; one of a fixed layout is copied, again and again if the
+        # copy's layout is fixed too.
+        nonlocal joining
+        joining += 1
+        try:
+            return join.__get__(None, ir.ConcatKernel)(source, target)
+        finally:
+            joining -= 1
+
     ir.StorageBox.realize = realize_by_lanes  # type: ignore[method-assign,assignment]
+    ir.ConcatKernel.realize_into = join_freely  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         ir.StorageBox.realize = realize  # type: ignore[method-assign]
+        ir.ConcatKernel.realize_into = join  # type: ignore[method-assign]
 
 
 _warned = False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from perennial import metrics, networks
-from perennial.methods import Context
+from perennial.methods import Context, Intervention, Method, Regulariser
+from perennial.methods.base import Tensors
 from perennial.noise import Noise, seed_key
 from perennial.population.compiler import compile_step
 from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
@@ -43,6 +45,7 @@ class Population:
         table = population.run(1_000_000, bin=20_000)      # a polars table
 
     All lanes must have the same structure: the same classes of methods with the same settings that are not numbers.
+    Units on a residual stream are left alone.
 
     Args:
         factory: makes the network, drawing its parameters from torch's global generator.
@@ -54,7 +57,8 @@ class Population:
         threads: processor threads for one step; None: torch's setting.
 
     Raises:
-        ValueError: no lanes, lanes of different structure, a network that does not fit the stream or has buffers.
+        ValueError: no lanes, lanes of different structure, a network that does not fit the stream, has buffers or a
+            grouped convolution over hidden units.
     """
 
     def __init__(
@@ -77,7 +81,8 @@ class Population:
         self.model, initial = self._build(factory, lanes[0].seed)
         example = torch.zeros(2, stream.inputs)
         self._check_fit(example)
-        self.units = trace(self.model, example, initial=initial)
+        self.units = trace(self.model, example, initial=initial).interior()
+        self._check_groups()
         for lane in lanes:
             if [structure(m) for m in lane.methods] != [structure(m) for m in lanes[0].methods]:
                 raise ValueError(
@@ -97,6 +102,9 @@ class Population:
         self._keys = torch.tensor(keys, dtype=torch.int32, device=self.device).T.contiguous()  # [2, lanes]
         self._leaves = self._start(factory, seeds, padded)
         self.state: LaneState = pytree.tree_unflatten([leaf[..., : len(lanes)] for leaf in self._leaves], self._spec)
+        self._needs = frozenset().union(*(method.needs for method in self.lanes[0].methods))
+        self._watched = _Watched({}, {})
+        self._eventful = any(type(m).due is not Intervention.due for m in self.lanes[0].interventions)
         self._step: Callable[[tuple[Tensor, ...]], Any] | None = None
 
     # --- making -----------------------------------------------------------------------------------------------------
@@ -126,6 +134,16 @@ class Population:
                 f"({self.stream.outputs},)"
             )
 
+    def _check_groups(self) -> None:
+        for layer in self.units:
+            for part in layer.outgoing:
+                if part.groups > 1:
+                    raise ValueError(
+                        f"a convolution in {part.groups} groups, {part.parameter}, reads the units of {layer.name}: a "
+                        "fresh unit is no whole row or column of it, and lanes count the age of Adam's moments by row "
+                        "and column. Use an ungrouped convolution, or train a single model outside a population"
+                    )
+
     def _start(self, factory: Callable[[], nn.Module], seeds: Sequence[int], padded: Sequence[Lane]) -> list[Tensor]:
         """Every tensor of the state before the first step, lanes last."""
         drawn = {}
@@ -150,32 +168,83 @@ class Population:
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def _forward(self, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output, and every unit layer's activation [samples, units]."""
-        with _Taps(params, [layer.tap for layer in self.units]) as taps:
+    def _loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return networks.squared_error(output, y) if self._regression else networks.cross_entropy(output, y)
+
+    @property
+    def _regression(self) -> bool:
+        return self.stream.task == "regression"
+
+    def _forward(
+        self, params: dict[str, Tensor], x: Tensor, moved: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, and every unit layer's activation [samples, units, ...].
+
+        ``moved`` is added to what readers are given: by the weight of one that stands for all that are given the same.
+        """
+        readers = {part.parameter for layer in self.units for part in layer.outgoing}
+        added = {reader: moved[first] for reader, first in self._watched.first.items()} if moved else {}
+        with _Taps(params, readers, added) as taps:
             output = functional_call(self.model, params, (x,))
         return output, {layer.name: layer.activation(taps.seen[layer.tap]) for layer in self.units}
 
+    def _watch(self, x: Tensor) -> None:
+        """Find out, for a step's inputs [batch, ...], which readers are given the same tensor and of what shape: the
+        gradient by it is the gradient by a unit's activation. One reader stands for all of them."""
+        params = {name: w[..., 0] for name, w in self.state.params.items()}
+        readers = {part.parameter for layer in self.units for part in layer.outgoing}
+        with torch.no_grad(), _Taps(params, readers, {}) as taps:
+            functional_call(self.model, params, (x,))
+        taken: dict[int, str] = {}
+        for reader, given in taps.seen.items():
+            taken.setdefault(id(given), reader)
+        watched = {taken[id(taps.seen[layer.tap])] for layer in self.units}
+        first = {reader: taken[id(given)] for reader, given in taps.seen.items() if taken[id(given)] in watched}
+        self._watched = _Watched(first, {reader: taps.seen[reader].shape for reader in sorted(watched)})
+
     def _lane_step(self, state: LaneState, numbers: dict[str, Tensor], key: Tensor, x: Tensor, y: Tensor) -> LaneState:
         """One step of one lane: pure. ``vmap`` and the compiler do the rest."""
-        regression = self.stream.task == "regression"
-
-        def objective(params: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-            output, activations = self._forward(params, x)
-            loss = networks.squared_error(output, y) if regression else networks.cross_entropy(output, y)
-            return loss, (output, activations)
-
-        grads, (loss, (output, activations)) = grad_and_value(objective, has_aux=True)(state.params)
         rule, *interventions = bind(self.lanes[0].methods, numbers)
+        moved = {name: x.new_zeros(shape) for name, shape in self._watched.shapes.items()}
+
+        def objective(
+            params: dict[str, Tensor], moved: dict[str, Tensor]
+        ) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Tensor]]]:
+            if {"activations", "signals"} & self._needs:
+                output, activations = self._forward(params, x, moved)
+            else:
+                output, activations = functional_call(self.model, params, (x,)), {}
+            loss = whole = self._loss(output, y)
+            for method, own in zip(interventions, state.methods[1:], strict=True):
+                if isinstance(method, Regulariser) and method.coupled:
+                    whole = whole + method.rate * method.penalty(params, own, self.units)
+            return whole, (loss, output, activations)
+
+        slopes, (_, (loss, output, activations)) = grad_and_value(objective, argnums=(0, 1), has_aux=True)(
+            state.params, moved
+        )
+        grads, by_input = slopes
+        signals = {}
+        if "signals" in self._needs:
+            signals = {layer.name: layer.activation(by_input[self._watched.first[layer.tap]]) for layer in self.units}
         noise = Noise(key, state.step)
-        context = Context(grads, activations, noise.scoped(rule.name), self.units)
         params = dict(state.params)
-        changed, rule_state = rule.step(params, state.methods[0], context)
+
+        def seen_by(method: Method) -> Context:
+            at = dict(params)
+
+            def loss_at(changed: Tensors) -> Tensor:
+                return self._loss(functional_call(self.model, at | dict(changed), (x,)), y)
+
+            wanted = loss_at if "loss" in method.needs else None
+            return Context(grads, activations, noise.scoped(method.name), self.units, signals, wanted)
+
+        changed, rule_state = rule.step(params, state.methods[0], seen_by(rule))
         params |= changed
         states: list[Any] = []
         replaced = state.replaced
         for method, old in zip(interventions, state.methods[1:], strict=True):
-            changed, new = method.step(params, old, context._replace(noise=noise.scoped(method.name)))
+            changed, new = method.step(params, old, seen_by(method))
             params |= changed
             states.append(new)
             fresh = method.replaced(new)  # type: ignore[attr-defined]
@@ -184,7 +253,7 @@ class Population:
                 rule_state = rule.reset(rule_state, touched)  # type: ignore[attr-defined]
                 for mask in fresh.values():
                     replaced = replaced + mask.sum(dtype=torch.int32)
-        correct = state.correct if regression else state.correct + networks.correct(output, y)
+        correct = state.correct if self._regression else state.correct + networks.correct(output, y)
         return LaneState(
             params,
             (rule_state, *states),
@@ -194,6 +263,46 @@ class Population:
             state.loss + loss,
             correct,
         )
+
+    def _lane_events(self, due: Sequence[bool], state: LaneState, numbers: dict[str, Tensor], key: Tensor) -> LaneState:
+        """The events of one lane's interventions after the step just made: pure, run eagerly under ``vmap``.
+
+        They get the noise of that step, and no activations: what an event goes by is in its method's state.
+        """
+        rule, *interventions = bind(self.lanes[0].methods, numbers)
+        noise = Noise(key, state.step - 1)
+        params, states, replaced = dict(state.params), list(state.methods), state.replaced
+        for position, method in enumerate(interventions, start=1):
+            if not due[position - 1]:
+                continue
+            context = Context({}, {}, noise.scoped(method.name), self.units)
+            outcome = method.event(params, states[position], context)  # type: ignore[attr-defined]
+            params |= outcome.changed
+            states[position] = outcome.state
+            if outcome.touched:
+                states[0] = rule.reset(states[0], outcome.touched)  # type: ignore[attr-defined]
+            for mask in outcome.replaced.values():
+                replaced = replaced + mask.sum(dtype=torch.int32)
+        return state._replace(params=params, methods=tuple(states), replaced=replaced)
+
+    def _run_events(self, steps_made: int) -> None:
+        """What is due after this many steps, written into the state."""
+        ended = steps_made % self.stream.task_length() == 0
+        due = [m.due(steps_made, ended) for m in self.lanes[0].interventions]
+        if not any(due):
+            return
+        state = pytree.tree_unflatten(self._leaves, self._spec)
+        inputs = (state, self._numbers, self._keys)
+        with torch.no_grad():
+            if self._keys.shape[-1] == 1:
+                one = pytree.tree_map(lambda t: t[..., 0], inputs)
+                new = pytree.tree_map(lambda t: t[..., None], self._lane_events(due, *one))
+            else:
+                lane_events = functools.partial(self._lane_events, due)
+                new = vmap(lane_events, in_dims=-1, out_dims=-1)(*inputs)
+            for leaf, value in zip(self._leaves, pytree.tree_leaves(new), strict=True):
+                if value is not leaf:
+                    leaf.copy_(value)
 
     def _flat_step(self, *tensors: Tensor) -> list[Tensor]:
         """The step of all lanes on flat lists of tensors whose last dimension is the lane."""
@@ -212,6 +321,8 @@ class Population:
         leaves = self._leaves
         constants = [*self._numbers.values(), self._keys]
         begun = time.perf_counter()
+        if "signals" in self._needs:
+            self._watch(x[..., 0])
         native = None
         if self.compiled:
             native = compile_step(self._flat_step, leaves, [*constants, x, y], self._keys.shape[-1], self.threads)
@@ -305,8 +416,10 @@ class Population:
         collecting = gc.isenabled()
         gc.disable()  # a step makes no cycles, and looking for them costs a tenth of the time
         try:
-            for example in examples:
+            for number, example in enumerate(examples, start=start + 1):
                 self._step(example)
+                if self._eventful:
+                    self._run_events(number)
         finally:
             if collecting:
                 gc.enable()
@@ -346,7 +459,7 @@ class Population:
             probe = self.feed.probe(self.steps_made, samples).to(self.dtype)
 
             def one(params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-                hidden = list(self._forward(params, x)[1].values())
+                hidden = [metrics.features(h) for h in self._forward(params, x)[1].values()]
                 return {
                     "dead_units": metrics.dead_units(hidden),
                     "effective_rank_entropy": metrics.effective_rank_entropy(torch.nan_to_num(hidden[-1])),
@@ -478,12 +591,22 @@ def _no_denormals() -> Iterator[None]:
         torch.set_flush_denormal(had)
 
 
-class _Taps(TorchFunctionMode):
-    """Keeps what the readers of hidden units were given."""
+class _Watched(NamedTuple):
+    """Where the gradient by an activation is taken."""
 
-    def __init__(self, params: dict[str, Tensor], taps: Sequence[str]) -> None:
+    first: dict[str, str]
+    """Reader's weight -> the weight of the reader that stands for all that are given the same tensor."""
+    shapes: dict[str, torch.Size]
+    """The shape of that tensor, by the standing reader's weight."""
+
+
+class _Taps(TorchFunctionMode):
+    """Keeps what the readers of hidden units were given, and adds to it."""
+
+    def __init__(self, params: dict[str, Tensor], readers: Iterable[str], added: dict[str, Tensor]) -> None:
         super().__init__()
-        self.wanted = {id(params[tap]): tap for tap in taps}
+        self.wanted = {id(params[reader]): reader for reader in readers}
+        self.added = added
         self.seen: dict[str, Tensor] = {}
 
     def __torch_function__(
@@ -491,7 +614,14 @@ class _Taps(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
-            tap = self.wanted.get(id(kwargs["weight"] if "weight" in kwargs else args[1]))
-            if tap is not None:
-                self.seen[tap] = kwargs["input"] if "input" in kwargs else args[0]
+            reader = self.wanted.get(id(kwargs["weight"] if "weight" in kwargs else args[1]))
+            if reader is not None:
+                given = kwargs["input"] if "input" in kwargs else args[0]
+                self.seen[reader] = given
+                if reader in self.added:
+                    moved = given + self.added[reader]
+                    if args:
+                        args = (moved, *args[1:])
+                    else:
+                        kwargs = kwargs | {"input": moved}
         return func(*args, **kwargs)

@@ -2,10 +2,13 @@
 
 from perennial.units.draw import Distribution, build_and_record
 from perennial.units.map import Slice, UnitLayer, UnitMap, along, bias_beside, fan_in, weight_beside
+from perennial.units.prove import Proof, prove
+from perennial.units.recover import recover
 from perennial.units.trace import trace
 
 __all__ = [
     "Distribution",
+    "Proof",
     "Slice",
     "UnitLayer",
     "UnitMap",
@@ -13,6 +16,8 @@ __all__ = [
     "bias_beside",
     "build_and_record",
     "fan_in",
+    "prove",
+    "recover",
     "trace",
     "weight_beside",
 ]

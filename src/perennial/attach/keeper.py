@@ -1,0 +1,548 @@
+"""Attaching a method to a model and an optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from perennial.attach.optimizer_state import FreshState, skipped
+from perennial.attach.taps import Tap, tapped
+from perennial.methods import Context, Intervention, Regulariser
+from perennial.methods.base import Touched
+from perennial.methods.replace import ReplacesUnits
+from perennial.noise import Noise, seed_key
+from perennial.units import Distribution, UnitLayer, UnitMap, build_and_record, prove, recover, trace
+from perennial.units.trace import undisturbed
+
+KEY = "perennial"
+"""Under which a keeper's state stands in ``optimizer.state_dict()``."""
+
+
+def attach(
+    method: Intervention,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    example: Any = None,
+    units: UnitMap | None = None,
+    factory: Callable[[], nn.Module] | None = None,
+    layers: str | Sequence[str] = "*",
+    coupled: bool = False,
+    loss: Callable[[], Tensor] | None = None,
+    check: bool = True,
+    seed: int = 0,
+) -> Keeper:
+    """Let a method keep a model plastic while it is trained as before.
+
+    After every step of the optimizer the method changes the model's parameters in place. Nothing else changes: the
+    loop, the model's class, its parameters' identity, the optimizer. Several methods can be attached one after another.
+
+    Example::
+
+        keeper = perennial.attach(perennial.ContinualBackprop(replacement_rate=1e-5), model, optimizer, example=batch)
+        print(keeper)      # layers and units kept, layers refused and why
+        ...                # the loop stays as it is
+        keeper.remove()
+
+    Args:
+        method: an intervention.
+        model: any module. Attach before ``torch.compile``: a compiled model does not see hooks that come later.
+        optimizer: the optimizer that trains it. Its parameters alone are kept.
+        example: an input for one forward pass, from which the units are traced: a tensor, a tuple of positional
+            arguments, or a mapping of keywords (a batch of transformers). Not needed by methods that know no units.
+        units: a map made by hand, in place of tracing (:meth:`perennial.units.UnitMap.by_name`).
+        factory: makes such a model. Run once, to see how every parameter is drawn; without it that is taken from the
+            modules' own initialisers (:func:`perennial.units.recover`).
+        layers: names, or patterns with ``*``, of the layers to keep.
+        coupled: keep units on residual streams too.
+        loss: computes the loss on the batch of the last step, for methods that need it (``utility="exact"``).
+        check: prove the unit map on the example first (:func:`perennial.units.prove`); a layer that fails is refused.
+            Costs five forward passes a layer, and some thirty for a map made by hand, of which every two units are told
+            apart.
+        seed: of the method's random numbers.
+
+    Raises:
+        TypeError: not an intervention, a module or an optimizer.
+        ValueError: nothing can be kept, with the reasons; the optimizer does not train this model; something that the
+            method needs is missing.
+    """
+    if not isinstance(method, Intervention):
+        raise TypeError(
+            f"{method!r} is not an intervention. Optimizer rules train a model themselves; they are not attached to "
+            "another optimizer"
+        )
+    model, optimizer = _bare_model(model), _bare_optimizer(optimizer)
+    params = _trained(model, optimizer)
+    if "loss" in method.needs and loss is None:
+        raise ValueError(f"{method.name} needs loss=, a function without arguments that computes the last batch's loss")
+    args, kwargs = _call(example)
+    names = [layers] if isinstance(layers, str) else list(layers)
+    notes: dict[str, str] = {}
+    by_hand = units is not None
+    if units is None and example is not None:
+        units = trace(model, *args, **kwargs)
+    elif units is None:
+        units = UnitMap(())
+    if isinstance(method, ReplacesUnits) and example is None and not len(units):
+        raise ValueError(f"{method.name} replaces hidden units: give example=, an input from which they can be traced")
+    initial: Mapping[str, Distribution] = units.initial or (build_and_record(factory)[1] if factory else recover(model))
+    units = dataclasses.replace(units, initial=initial)
+    if isinstance(method, ReplacesUnits):
+        units = _kept(units, names, coupled, params, initial)
+        if check and example is not None:
+            units, notes = _proved(units, model, args, kwargs, by_hand)
+        if "activations" in method.needs or "signals" in method.needs:
+            units = _seen(units, model, args, kwargs) if example is not None else units
+        if not len(units):
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in units.refused) or "  it has no hidden layer"
+            raise ValueError(f"{method.name} found no hidden units to keep in this network:\n{reasons}")
+    (method,) = type(method).settled([method], units)
+    return Keeper(method, model, optimizer, units, notes, loss, seed)
+
+
+class Keeper:
+    """A method at work on a model; made by :func:`attach`.
+
+    Its state travels in ``optimizer.state_dict()`` and comes back with ``optimizer.load_state_dict()``.
+    """
+
+    def __init__(
+        self,
+        method: Intervention,
+        model: nn.Module,
+        optimizer: Optimizer,
+        units: UnitMap,
+        notes: Mapping[str, str],
+        loss: Callable[[], Tensor] | None,
+        seed: int,
+    ) -> None:
+        self.method, self.units, self.seed, self.notes = method, units, seed, dict(notes)
+        """The method, with settings that follow from the network filled in; the units that it keeps."""
+        self.steps = 0
+        """Optimizer steps seen."""
+        self._model, self._optimizer, self._loss_of_batch = model, optimizer, loss
+        self._params = _trained(model, optimizer)
+        self._named = dict(model.named_parameters())
+        self._buffers = dict(model.named_buffers())
+        device = next(iter(self._params.values())).device
+        self._step = torch.full((), -1, dtype=torch.int32, device=device)  # the number of the last step, from 0
+        self._noise = Noise(
+            torch.tensor(seed_key(seed, "method"), dtype=torch.int32, device=device), self._step, method.name
+        )
+        with torch.no_grad():
+            self.state: Any = method.init({name: _wide(p).clone() for name, p in self._params.items()}, units)
+            """The method's state."""
+        self._total = {
+            layer.name: torch.zeros(layer.size, dtype=torch.int64, device=device)
+            for layer in (units if isinstance(method, ReplacesUnits) else ())
+        }
+        self._seen: dict[str, Tensor] = {}
+        self._slopes: dict[str, Tensor] = {}
+        self._loaded: Mapping[str, Any] = {}
+        self._fresh = FreshState.of(optimizer)
+        self._fresh.enter()
+        self._handles: list[Any] = []
+        self._label = self._free_label(optimizer)
+        self._hook()
+
+    # --- what a user calls ------------------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Take away every hook. The model and the optimizer are as if never attached, with the weights they have."""
+        if self._handles:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self._fresh.leave()
+            self._seen.clear()
+            self._slopes.clear()
+
+    def new_task(self) -> None:
+        """Say that a new task begins with the next step: methods that act when tasks change act now."""
+        if self.method.due(self.steps, True) and not self.method.due(self.steps, False):
+            with torch.no_grad():
+                self._event()
+
+    def penalty(self) -> Tensor:
+        """What a coupled regulariser adds to the loss: ``loss = loss + keeper.penalty()``. [], differentiable.
+
+        Raises:
+            ValueError: the method is not a regulariser, or is one that takes a step of its own (``coupled=False``).
+        """
+        if not isinstance(self.method, Regulariser) or not self.method.coupled:
+            raise ValueError(f"{self.method!r} adds nothing to the loss; only a regulariser with coupled=True does")
+        return self.method.rate * self.method.penalty(self._params, self.state, self.units)
+
+    def replaced(self) -> dict[str, int]:
+        """How many units have been re-initialised so far, by layer."""
+        return {name: int(total.sum()) for name, total in self._total.items()}
+
+    # --- hooks ------------------------------------------------------------------------------------------------------
+
+    def _hook(self) -> None:
+        optimizer = self._optimizer
+        self._handles = [
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._load),
+        ]
+        modules = dict(self._model.named_modules())
+        slopes = self._slopes if "signals" in self.method.needs else None
+        if {"activations", "signals"} & self.method.needs:
+            for tap in dict.fromkeys(layer.tap for layer in self.units):
+                module = modules[tap.rpartition(".")[0]]
+                handle = module.register_forward_pre_hook(Tap(tap, self._seen, slopes), with_kwargs=True)
+                self._handles.append(handle)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if skipped(self._optimizer):
+            return
+        activations, signals = self._look()
+        method = self.method
+        with torch.no_grad():
+            self._step.add_(1)
+            context = self._context(activations, signals)
+            changed, self.state = method.step(self._params, self.state, context)
+            self._write(changed)
+            self._renew(method.replaced(self.state))
+            self.steps += 1
+            if method.due(self.steps, False):
+                self._event()
+
+    def _event(self) -> None:
+        outcome = self.method.event(self._params, self.state, self._context({}, {}))
+        self.state = outcome.state
+        self._write(outcome.changed)
+        if outcome.replaced:
+            self._renew(dict(outcome.replaced))
+        else:
+            self._renew_marked(outcome.touched)
+
+    def _look(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The activations and signals of the last forward pass that recorded gradients."""
+        if not {"activations", "signals"} & self.method.needs:
+            return {}, {}
+        missing = [layer.name for layer in self.units if layer.tap not in self._seen]
+        if missing:
+            raise RuntimeError(
+                f"{self.method.name} saw no activation of {', '.join(missing[:5])} before this optimizer step. If "
+                "the model was compiled, attach before the first compiled call: torch.compile drops hooks that come "
+                "later. If these layers take no part in training, leave them out with layers="
+            )
+        activations = {layer.name: layer.activation(_wide(self._seen[layer.tap])) for layer in self.units}
+        signals = {}
+        if "signals" in self.method.needs:
+            lost = [layer.name for layer in self.units if layer.tap not in self._slopes]
+            if lost:
+                raise RuntimeError(
+                    f"{self.method.name} needs the gradient of the loss by the activations, and saw none of "
+                    f"{', '.join(lost[:5])}: no backward pass went through them before this optimizer step"
+                )
+            signals = {layer.name: layer.activation(_wide(self._slopes[layer.tap])) for layer in self.units}
+        return activations, signals
+
+    def _context(self, activations: Mapping[str, Tensor], signals: Mapping[str, Tensor]) -> Context:
+        return Context(
+            _Gradients(self._params),
+            activations,
+            self._noise,
+            self.units,
+            signals,
+            self._loss if self._loss_of_batch is not None else None,
+            self._buffers,
+            _mean_over_processes if _processes() > 1 else _itself,
+            in_place=True,
+        )
+
+    def _loss(self, overrides: Mapping[str, Tensor]) -> Tensor:
+        """The loss of the last batch with other values for some parameters."""
+        assert self._loss_of_batch is not None
+        saved = {name: self._named[name].detach().clone() for name in overrides}
+        try:
+            for name, value in overrides.items():
+                self._named[name].copy_(value)
+            with undisturbed(self._model):
+                return self._loss_of_batch().detach()
+        finally:
+            for name, value in saved.items():
+                self._named[name].copy_(value)
+
+    def _write(self, changed: Mapping[str, Tensor]) -> None:
+        for name, value in changed.items():
+            (self._params[name] if name in self._params else self._buffers[name]).copy_(value)
+
+    # --- fresh optimizer state --------------------------------------------------------------------------------------
+
+    def _renew(self, replaced: Mapping[str, Tensor]) -> None:
+        """Give the weights of replaced units a fresh optimizer state."""
+        for layer in self.units:
+            mark = replaced.get(layer.name)
+            if mark is None:
+                continue
+            units, hit = _which(mark, getattr(self.method, "per_step", None))
+            if not len(units):
+                continue
+            self._total[layer.name].add_(mark)
+            for part in (*layer.incoming, *layer.norms, *layer.outgoing):
+                parameter = self._params.get(part.parameter)
+                if parameter is None:
+                    continue
+                if part.groups > 1:
+                    self._fresh.reset_where(parameter, part.mask(mark, parameter))
+                    continue
+                index = part.index.to(parameter.device)[units]
+                every = None if hit is None else hit.repeat_interleave(index.shape[1])
+                self._fresh.reset(parameter, part.dim, index.reshape(-1), every)
+
+    def _renew_marked(self, touched: Touched) -> None:
+        for name, dims in touched.items():
+            parameter = self._params[name]
+            for dim, mark in dims.items():
+                if dim < 0:
+                    self._fresh.reset_where(parameter, mark)
+                    continue
+                positions, hit = _which(mark, None)
+                if len(positions):
+                    self._fresh.reset(parameter, dim, positions, hit)
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def _free_label(self, optimizer: Optimizer) -> str:
+        taken = optimizer.state_dict().get(KEY, {})
+        label, number = self.method.name, 2
+        while label in taken:
+            label, number = f"{self.method.name} {number}", number + 1
+        return label
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        paths, _ = pytree.tree_flatten_with_path(self.state)
+        mine = {
+            "steps": self.steps,
+            "seed": self.seed,
+            "state": {pytree.keystr(path): leaf.clone() for path, leaf in paths},
+            "total": {name: total.clone() for name, total in self._total.items()},
+        }
+        others = state_dict.get(KEY, {})
+        return state_dict | {KEY: others | {self._label: mine, "counts": self._fresh.state_dict()}}
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Refuse what does not fit before anything is changed."""
+        saved = state_dict.get(KEY, {}).get(self._label)
+        self._loaded = state_dict.get(KEY, {})
+        if saved is None:
+            warnings.warn(
+                f"the loaded optimizer state holds nothing of {self._label}: it goes on with the state that it has",
+                stacklevel=4,
+            )
+            return
+        mine = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(self.state)[0]}
+        theirs = saved["state"]
+        wrong = sorted(mine.keys() ^ theirs.keys()) or [n for n, leaf in mine.items() if leaf.shape != theirs[n].shape]
+        if wrong:
+            raise ValueError(
+                f"the loaded state of {self._label} is of another network or of other settings: {', '.join(wrong[:5])} "
+                "do not fit. Attach the same method to the same model before loading"
+            )
+
+    def _load(self, optimizer: Optimizer) -> None:
+        loaded = self._loaded
+        saved = loaded.get(self._label)
+        if saved is None:
+            return
+        paths, spec = pytree.tree_flatten_with_path(self.state)
+        # The dtypes are those of the keeper: torch casts what it loads to the parameter's, we do not.
+        leaves = [saved["state"][pytree.keystr(path)].to(leaf.device, leaf.dtype).clone() for path, leaf in paths]
+        self.state = pytree.tree_unflatten(leaves, spec)
+        self.steps = int(saved["steps"])
+        self._step.fill_(self.steps - 1)
+        if int(saved["seed"]) != self.seed:
+            self.seed = int(saved["seed"])
+            self._noise.key.copy_(torch.tensor(seed_key(self.seed, "method"), dtype=torch.int32))
+        for name, total in saved["total"].items():
+            self._total[name].copy_(total)
+        self._fresh.load_state_dict(loaded["counts"])
+        self._loaded = {}
+
+    # --- showing ----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        lines = [f"{self.method}", f"  seed {self.seed}, {self.steps} steps; {self._fresh.policy()}"]
+        if self._total:
+            kept = sum(layer.size for layer in self.units)
+            lines.append(f"  keeps {kept} units in {len(self._total)} layers, of which replaced so far:")
+            width = max(len(name) for name in self._total)
+            for layer in self.units:
+                source = self.units.initial.get(layer.incoming[0].parameter)
+                note = "".join(f"; {text}" for text in (self.notes.get(layer.name),) if text)
+                lines.append(
+                    f"    {layer.name:<{width}}  {layer.size:>6} units  {self._replaced(layer):>6} replaced"
+                    f"  redrawn: {source or 'unknown'}{note}"
+                )
+        if self.units.refused and self._total:
+            lines.append("  leaves alone:")
+            by_reason: dict[str, list[str]] = {}
+            for name, reason in self.units.refused:
+                by_reason.setdefault(reason, []).append(name)
+            lines += [f"    {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        if isinstance(self.method, Regulariser) and self.method.coupled:
+            lines.append("  coupled: add keeper.penalty() to the loss")
+        return "\n".join(lines)
+
+    def _replaced(self, layer: UnitLayer) -> int:
+        return int(self._total[layer.name].sum())
+
+
+# --- making ---------------------------------------------------------------------------------------------------------
+
+
+def _bare_model(model: Any) -> nn.Module:
+    """The module inside DDP, DataParallel and what ``torch.compile`` returns: the same parameters, their own names."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            assert isinstance(model, nn.Module)
+            return model
+
+
+def _bare_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer whose ``step`` runs: inside what accelerate and others put around it."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    return optimizer
+
+
+def _trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of the model that the optimizer trains."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = {name: p for name, p in model.named_parameters() if id(p) in held and p.requires_grad}
+    if not found:
+        raise ValueError(
+            "the optimizer holds none of the model's parameters that require a gradient: it was made for another "
+            "model, or before the model was moved or copied"
+        )
+    return found
+
+
+def _call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example is None:
+        return (), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    return (example,), {}
+
+
+def _kept(
+    units: UnitMap,
+    names: Sequence[str],
+    coupled: bool,
+    params: Mapping[str, Tensor],
+    initial: Mapping[str, Distribution],
+) -> UnitMap:
+    """The layers that are asked for and can be kept; the others among the refused, with the reason."""
+    for pattern in names:
+        every = [*(layer.name for layer in units), *dict(units.refused)]
+        if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in every):
+            known = ", ".join(layer.name for layer in units)
+            raise ValueError(f"layers={pattern!r} matches no layer. Layers of units: {known}")
+    kept, refused = [], list(units.refused)
+    buffers = {part.parameter for layer in units for part in layer.norms if "running_" in part.parameter}
+    for layer in units:
+        parts = [part.parameter for part in (*layer.incoming, *layer.norms, *layer.outgoing)]
+        frozen = [name for name in parts if name not in params and name not in buffers]
+        if not any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in names):
+            refused.append((layer.name, "not asked for"))
+        elif layer.coupled and not coupled:
+            why = "on a residual stream; kept only with coupled=True, all that writes to it and reads it together"
+            refused += [(maker, why) for maker in layer.makers()]
+        elif frozen:
+            refused.append((layer.name, f"not trained: {', '.join(frozen[:3])} is frozen or not in the optimizer"))
+        else:
+            kept.append(layer)
+    return dataclasses.replace(units, layers=tuple(kept), refused=tuple(refused))
+
+
+def _proved(
+    units: UnitMap, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], every_pair: bool
+) -> tuple[UnitMap, dict[str, str]]:
+    proofs = {proof.layer: proof for proof in prove(model, units, *args, every_pair=every_pair, **kwargs)}
+    kept = tuple(layer for layer in units if proofs[layer.name].proved)
+    failed = tuple((name, f"not proved: {proof.note}") for name, proof in proofs.items() if not proof.proved)
+    notes = {name: proof.note for name, proof in proofs.items() if proof.proved and proof.note}
+    return dataclasses.replace(units, layers=kept, refused=units.refused + failed), notes
+
+
+def _seen(units: UnitMap, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitMap:
+    found, missing = tapped(model, units.layers, args, kwargs)
+    kept = tuple(found[layer.name] for layer in units if layer.name in found)
+    return dataclasses.replace(units, layers=kept, refused=units.refused + tuple(missing.items()))
+
+
+# --- small things ---------------------------------------------------------------------------------------------------
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: running averages in half precision stand still."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.detach()
+
+
+def _which(mark: Tensor, most: int | None) -> tuple[Tensor, Tensor | None]:
+    """The marked positions, int64 [k]; and, where the processor does not know how many they are, which of them count.
+
+    On a CPU exactly those. On a device nobody waits for the count: at most ``most`` (None: all) positions.
+    """
+    if mark.device.type == "cpu":
+        return mark.nonzero()[:, 0], None
+    if most is None:
+        return torch.arange(len(mark), device=mark.device), mark
+    values, positions = mark.to(torch.int8).topk(min(most, len(mark)))
+    return positions, values > 0
+
+
+class _Gradients(Mapping[str, Tensor]):
+    """Gradients by name, looked up when asked for; zero where there is none."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        self._params = params
+
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self._params[name]
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _mean_over_processes(score: Tensor) -> Tensor:
+    total = score.clone()
+    torch.distributed.all_reduce(total)
+    return total / _processes()
+
+
+def _itself(score: Tensor) -> Tensor:
+    return score
