@@ -49,7 +49,7 @@ demo: check $(READY) ## Run the demo study; prints a table and where the report 
 
 .PHONY: test
 test: check lint ## Lint, then every test that takes less than a minute
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 .PHONY: test-slow
 test-slow: check $(READY) ## The tests that take longer

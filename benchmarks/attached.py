@@ -1,8 +1,9 @@
 """What an attached intervention costs: ResNet-18 on 32 x 32 images, a batch of 90, SGD with momentum.
 
 For every intervention a bare network and one with the intervention attached are trained in turn, a step each, and the
-ratio of every pair is taken. Steps take a second or two on two cores and a shared machine is noisy, so the time spent in
-the hooks themselves is measured as well and given as a share of the bare step: that is the cost, the ratio is the check.
+ratio of every pair is taken. Steps take a second or two on two cores and a shared machine is noisy, so the time spent
+in the hooks themselves is measured as well and given as a share of the bare step: that is the cost, the ratio is the
+check.
 
     python benchmarks/attached.py [--methods NAME ...] [--pairs 10] [--device cuda]
 """

@@ -93,17 +93,24 @@ def _heading(text: str, line: str = "=") -> str:
     return f"{text}\n{line * len(text)}\n"
 
 
-def _record(cls: Any) -> str:
+def _record(cls: Any, indexed: bool = True) -> str:
     """A class with its docstring, and each field with type, default, range and docstring."""
-    found = ModuleAnalyzer.for_module(cls.__module__).find_attr_docs()
+    owners = [c for c in cls.__mro__ if c.__module__.startswith("perennial")]
+    found: dict[str, list[str]] = {}
+    annotations: dict[str, Any] = {}
+    for owner in reversed(owners):  # fields may be inherited, and said anew
+        documented = ModuleAnalyzer.for_module(owner.__module__).find_attr_docs()
+        found |= {name: text for (class_name, name), text in documented.items() if class_name == owner.__name__}
+        annotations |= vars(owner).get("__annotations__", {})
     is_dataclass = dataclasses.is_dataclass(cls)
-    parts = [f".. currentmodule:: {cls.__module__}\n\n.. autoclass:: {cls.__name__}\n"]
+    index = "" if indexed else "   :no-index:\n"
+    parts = [f".. currentmodule:: {cls.__module__}\n\n.. autoclass:: {cls.__name__}\n{index}"]
     for field in dataclasses.fields(cls) if is_dataclass else cls._fields:
         name = field.name if is_dataclass else field
-        annotation = cls.__annotations__[name]  # a string, which NamedTuple wraps
+        annotation = annotations[name]  # a string, which NamedTuple wraps
         written = getattr(annotation, "__forward_arg__", annotation)
-        head = [f".. attribute:: {name}", f"   :type: {written}"]
-        body = ["\n".join(found.get((cls.__name__, name), [])).strip()]
+        head = [f".. attribute:: {name}", f"   :type: {written}", *([] if indexed else ["   :no-index:"])]
+        body = ["\n".join(found.get(name, [])).strip()]
         if is_dataclass:
             head.append(f"   :value: {field.default!r}")
             body.append(_allowed(field))
@@ -132,7 +139,11 @@ def _off(method: type[methods.Method]) -> str:
 
 def _state(method: type[methods.Method]) -> str:
     record = typing.get_type_hints(method.init).get("return")
-    body = _record(record) if hasattr(record, "_fields") else "It keeps no state between steps.\n"
+    body = (
+        _record(record, record.__module__ == method.__module__)
+        if hasattr(record, "_fields")
+        else "It keeps no state between steps.\n"
+    )
     return f"{_heading('State', '-')}\n{body}"
 
 

@@ -109,7 +109,9 @@ def draw(table: polars.DataFrame, path: Path) -> None:
 
     plt.rcParams["svg.hashsalt"] = "perennial"
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, measure, name in zip(axes, ("dormant", "accuracy"), ("dormant units", "accuracy, classes so far"), strict=True):
+    for axis, measure, name in zip(
+        axes, ("dormant", "accuracy"), ("dormant units", "accuracy, classes so far"), strict=True
+    ):
         for (label,), mine in table.group_by("method", maintain_order=True):
             mean = mine.group_by("classes", maintain_order=True).agg(polars.col(measure).mean())
             (line,) = axis.plot(mean["classes"], 100 * mean[measure], label=label)

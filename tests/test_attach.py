@@ -280,7 +280,7 @@ OFTEN = {"replacement_rate": 0.3, "maturity_threshold": 2, "utility_decay": 0.5}
 @pytest.mark.parametrize("layers", ["0", "3", "7"])
 @every_optimizer
 def test_everything_of_a_replaced_unit_is_fresh(make_optimizer: Any, layers: str) -> None:
-    """Weights, bias, norm, running statistics; and every optimizer tensor of the parameter's shape, on the right axis."""
+    """Weights, bias, norm, running statistics; every optimizer tensor of the parameter's shape, on the right axis."""
     model = conv_net()
     optimizer = make_optimizer(model.parameters())
     keeper = attach(ContinualBackprop(**OFTEN), model, optimizer, example=images(0)[0], layers=layers, check=False)
@@ -546,7 +546,7 @@ def test_a_wrong_map_is_not_believed() -> None:
     (lambda m, o: attach(ContinualBackprop(), copy.deepcopy(m), o, example=images(0)[0]), ValueError, "another model"),
     (lambda m, o: attach(ContinualBackprop(), m[7], o, example=torch.rand(2, 32)), ValueError, "no hidden units"),
     (lambda m, o: attach(perennial.ShrinkAndPerturb(), m, o).penalty(), ValueError, "coupled=True"),
-], ids=str)  # fmt: skip
+], ids=["rule", "no module", "no optimizer", "no example", "no loss", "another", "no units", "no penalty"])  # fmt: skip
 def test_bad_input_is_refused_in_words(call: Any, error: type[Exception], word: str) -> None:
     model = conv_net()
     with pytest.raises(error, match=word):

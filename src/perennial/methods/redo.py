@@ -16,7 +16,7 @@ from perennial.units import UnitLayer, UnitMap
 
 
 class ReDoState(NamedTuple):
-    """State of :class:`ReDo` and :class:`perennial.methods.ReGraMa`, by layer name."""
+    """State of :class:`ReDo` and :class:`perennial.methods.regrama.ReGraMa`, by layer name."""
 
     score: dict[str, Tensor]
     """[units]: moving average of the score, not bias-corrected."""

@@ -16,8 +16,8 @@ from perennial.units import UnitLayer
 class ReGraMa(ReDo):
     r"""Replace units that have stopped learning (ReGraMa): those whose gradient is small beside their layer's.
 
-    As :class:`perennial.methods.ReDo`, with the magnitude of the gradient of the loss by the unit's activation in place
-    of that of the activation:
+    As :class:`~perennial.methods.redo.ReDo`, with the magnitude of the gradient of the loss by the unit's activation in
+    place of that of the activation:
 
     .. math::
         s_j \leftarrow \beta s_j + (1 - \beta)\,\overline{\left|\frac{\partial L}{\partial h_j}\right|}, \qquad

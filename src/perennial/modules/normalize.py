@@ -31,8 +31,8 @@ def normalize_layers(model: nn.Module) -> list[str]:
 
     After a linear layer it is ``nn.LayerNorm(units)``, after a convolution ``nn.GroupNorm(1, channels)``, which is the
     same over channels and positions. With it a layer's output does not depend on the size of its weights, and
-    :class:`perennial.methods.NormalizeAndProject`, the second half, may hold that size at its start. An activation
-    function with a layer, group or RMS norm between it and its layer is left as it is.
+    :class:`~perennial.methods.normalize_and_project.NormalizeAndProject`, the second half, may hold that size at its
+    start. An activation function with a layer, group or RMS norm between it and its layer is left as it is.
 
     An activation function at ``"net.1"`` becomes ``nn.Sequential(norm, activation)`` there: the norm is ``"net.1.0"``
     and the activation ``"net.1.1"``. Everything else keeps its name, and so do its entries in a state dict.

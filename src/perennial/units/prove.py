@@ -35,8 +35,8 @@ def prove(
     In every layer the outgoing slices of half of the units are set to zero. Then their incoming slices and norms may be
     changed at will: the output must not change by a bit. With the outgoing slices back in place it must change. The
     same for the other half. A unit whose columns were taken for another's fails if the two are in different halves; so
-    with ``every_pair`` the units are halved again and again, by the digits of their numbers in a random order, until every
-    two of them have been apart both ways.
+    with ``every_pair`` the units are halved again and again, by the digits of their numbers in a random order, until
+    every two of them have been apart both ways.
 
     Where a norm over units (LayerNorm, RMSNorm, GroupNorm) stands between the units and their readers, units feel each
     other through its statistics. These are held fixed in all runs, and the note says so.

@@ -3,7 +3,7 @@
 Every activation carries a shadow: an integer tensor of the same shape that names the unit behind each entry, 0 where
 there is none. Data movement moves the shadow the same way, element-wise operations join the units of their inputs, a
 linear or convolutional layer reads off which of its columns read which unit and starts new units. An operation that is
-not listed in :mod:`perennial.units.operations` ends its units: they are refused, with its name as the reason.
+not listed in ``perennial.units.operations`` ends its units: they are refused, with its name as the reason.
 
 Joined units are one: what makes any of them makes all of them, and so for what reads them. What was joined is sorted
 out at the end, by connected components. Components that have the same producers and the same readers form a layer.
