@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -615,29 +616,34 @@ def keep_agent(name: str, agent: Any, method: Intervention) -> list[Keeper]:
     return {"PPO": keep_ppo, "SAC": keep_sac, "DQN": keep_dqn}[name](agent, method)
 
 
+def observations(agent: Any) -> Tensor:
+    """Some of them: units that are silent on all examples have no effect that could be seen."""
+    space = agent.observation_space
+    space.seed(0)
+    found, _ = agent.policy.obs_to_tensor(numpy.stack([space.sample() for _ in range(64)]))
+    return found
+
+
 def keep_ppo(agent: Any, method: Intervention) -> list[Keeper]:
     policy = agent.policy
-    observation, _ = policy.obs_to_tensor(agent.observation_space.sample())
 
     def factory() -> nn.Module:
         return agent.policy_class(agent.observation_space, agent.action_space, agent.lr_schedule)
 
-    return [perennial.attach(method, policy, policy.optimizer, example=observation, factory=factory)]
+    return [perennial.attach(method, policy, policy.optimizer, example=observations(agent), factory=factory)]
 
 
 def keep_sac(agent: Any, method: Intervention) -> list[Keeper]:
-    actor, critic = agent.actor, agent.critic
-    observation, _ = agent.policy.obs_to_tensor(agent.observation_space.sample())
-    action = torch.zeros(1, *agent.action_space.shape)
+    actor, critic, example = agent.actor, agent.critic, observations(agent)
+    action = torch.zeros(len(example), *agent.action_space.shape)
     return [
-        perennial.attach(method, actor, actor.optimizer, example=observation),
-        perennial.attach(method, critic, critic.optimizer, example=(observation, action), seed=1),
+        perennial.attach(method, actor, actor.optimizer, example=example),
+        perennial.attach(method, critic, critic.optimizer, example=(example, action), seed=1),
     ]
 
 
 def keep_dqn(agent: Any, method: Intervention) -> list[Keeper]:
-    observation, _ = agent.policy.obs_to_tensor(agent.observation_space.sample())
-    return [perennial.attach(method, agent.q_net, agent.policy.optimizer, example=observation)]
+    return [perennial.attach(method, agent.q_net, agent.policy.optimizer, example=observations(agent))]
 
 
 AGENTS = {"PPO": 160, "SAC": 60, "DQN": 60}

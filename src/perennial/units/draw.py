@@ -65,6 +65,10 @@ class Distribution:
                 "closer to the mean"
             )
 
+    def __str__(self) -> str:
+        numbers = (self.first,) if self.kind == "constant" else (self.first, self.second)
+        return f"{self.kind}({', '.join(f'{number:.3g}' for number in numbers)})"
+
     def draw(self, noise: Noise, name: str, element: Tensor) -> Tensor:
         r"""Fresh values for the numbered elements of the named parameter, float32, the shape of ``element``.
 
