@@ -754,7 +754,7 @@ def process(rank: int, processes: int, folder: str, labels: list[str]) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     share = Share(rank, processes)
     known = METHODS if METHODS.keys() >= {first_is(label)[0] for label in labels} else intervention_cases()
-    found: dict[str, Any] = {"refused": refusal_of_a_sharded_model()}
+    found: dict[str, Any] = {"refused": refusals_of_sharded_models()}
     for label in labels:
         name, first = first_is(label)
         model, _, keeper = with_ddp(share, known[name], range(60), first)
@@ -842,15 +842,18 @@ def whole_batch(method: Intervention) -> tuple[nn.Module, Keeper]:
     return model, keeper
 
 
-def refusal_of_a_sharded_model() -> str:
-    """What attaching to a model under FSDP2 says."""
-    from torch.distributed.fsdp import fully_shard
+def refusals_of_sharded_models() -> list[str]:
+    """What attaching says to a model that FSDP has flattened, and to one of DTensors."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    model = network()
-    fully_shard(model)
-    with pytest.raises(ValueError, match="no hidden units") as refusal:
-        perennial.attach(OFTEN, model, adam(model), example=batch(0)[0])
-    return str(refusal.value)
+    flattened, sharded = FullyShardedDataParallel(network(), device_id=torch.device("cpu")), network()
+    fully_shard(sharded)
+    found = []
+    for model in (flattened, sharded):
+        with pytest.raises(ValueError, match="no hidden units") as refusal:
+            perennial.attach(OFTEN, model, adam(model), example=batch(0)[0])
+        found.append(str(refusal.value))
+    return found
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -868,7 +871,9 @@ def test_ddp_processes_stay_equal_and_train_like_one(processes: int, tmp_path: P
         assert sum(count.values()) > 1 or not count
         for name, w in model.state_dict().items():
             torch.testing.assert_close(weights[name], w, rtol=1e-3, atol=1e-4, msg=lambda m, k=label: f"{k}: {m}")
-    assert "a DTensor: its rows lie on several devices" in ranks[0]["refused"]
+    flattened, sharded = ranks[0]["refused"]
+    assert "flattened by FSDP" in flattened
+    assert "a DTensor: its rows lie on several devices" in sharded
     for what in ("accumulated", "resumed"):
         for rank in ranks[1:]:
             assert all(torch.equal(w, rank[what][name]) for name, w in ranks[0][what].items()), what
