@@ -20,6 +20,7 @@ from perennial.methods.base import Touched
 from perennial.methods.replace import ReplacesUnits
 from perennial.noise import Noise, seed_key
 from perennial.units import Distribution, UnitLayer, UnitMap, build_and_record, prove, recover, trace
+from perennial.units.prove import SILENT
 from perennial.units.trace import undisturbed
 
 KEY = "perennial"
@@ -483,9 +484,11 @@ def _proved(
     units: UnitMap, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], every_pair: bool
 ) -> tuple[UnitMap, dict[str, str]]:
     proofs = {proof.layer: proof for proof in prove(model, units, *args, every_pair=every_pair, **kwargs)}
-    kept = tuple(layer for layer in units if proofs[layer.name].proved)
-    failed = tuple((name, f"not proved: {proof.note}") for name, proof in proofs.items() if not proof.proved)
-    notes = {name: proof.note for name, proof in proofs.items() if proof.proved and proof.note}
+    # Dead units are what these methods are there for: only a contradiction speaks against a layer.
+    wrong = {name: proof.note for name, proof in proofs.items() if not proof.proved and proof.note != SILENT}
+    kept = tuple(layer for layer in units if layer.name not in wrong)
+    failed = tuple((name, f"not proved: {note}") for name, note in wrong.items())
+    notes = {name: proof.note for name, proof in proofs.items() if name not in wrong and proof.note}
     return dataclasses.replace(units, layers=kept, refused=units.refused + failed), notes
 
 

@@ -24,6 +24,9 @@ class Proof(NamedTuple):
     """What went wrong; of a proved layer, under which condition it holds. Often empty."""
 
 
+SILENT = "its units have no effect on the output for this example"
+"""The note of a layer whose wiring nothing contradicts, but of which nothing was seen either: its units are dead."""
+
 _HELD = "with the statistics of the norms over units held fixed"
 
 
@@ -120,7 +123,7 @@ def _try(
                     tensor.data.copy_(0.05 + 0.1 * torch.rand(tensor.shape, generator=generator))
         open_ = run()
         _disturb(makes, half, tensors, generator)
-        return "its units have no effect on the output for this example" if _same(open_, run()) else ""
+        return SILENT if _same(open_, run()) else ""
 
 
 def _cut(parts: Sequence[Slice], half: Tensor, tensors: dict[str, Tensor]) -> None:

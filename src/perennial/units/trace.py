@@ -30,7 +30,7 @@ def _unusual(parameter: nn.Parameter) -> str:
     """Why rows of a parameter cannot be handled as rows of a plain tensor; empty if they can."""
     kind = type(parameter).__name__
     if getattr(parameter, "_is_flat_param", False) or kind == "FlatParameter":
-        return "flattened by FSDP: it has no rows; use FSDP with use_orig_params, or attach before wrapping"
+        return "flattened by FSDP: it has no rows; use DDP"
     if kind == "DTensor" or hasattr(parameter, "placements"):
         return "a DTensor: its rows lie on several devices"
     if parameter.layout != torch.strided:
@@ -44,7 +44,7 @@ def _overlapping(model: nn.Module) -> dict[str, str]:
     """Parameters that lie in the same memory as another, without being the same."""
     found: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.layout == torch.strided and parameter.device.type != "meta" and parameter.numel():
+        if not _unusual(parameter) and parameter.device.type != "meta" and parameter.numel():
             found.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
     shared = {name: [n for n in names if n != name] for names in found.values() if len(names) > 1 for name in names}
     return {name: f"it shares memory with {', '.join(others)}" for name, others in shared.items()}
