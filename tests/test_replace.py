@@ -545,6 +545,9 @@ def test_fisher_and_taylor_are_the_losss_own_expansion() -> None:
 def test_activation_magnitude_stays_in_range_in_half_precision() -> None:
     h = torch.full((4, 2, 64, 64), 60.0, dtype=torch.float16)
     torch.testing.assert_close(scores.activation_magnitude(h).float(), torch.full((2,), 60.0))
+    signed = torch.randn(3, 4, 5, 5)
+    for x in (signed, signed.relu()):
+        torch.testing.assert_close(scores.activation_magnitude(x, look=True), x.abs().mean((0, 2, 3)))
 
 
 def test_normalised() -> None:

@@ -438,7 +438,7 @@ def test_the_oracle_denies_wrong_maps(name: str, layer: UnitLayer, word: str) ->
 
 # --- every architecture ---------------------------------------------------------------------------------------------
 
-ADDS_INPUTS = frozenset({"noise_of_the_units_shape", "change_through_the_view_of_a_view"})
+ADDS_INPUTS = frozenset({"noise_of_the_units_shape"})
 """Networks that add something to their units that no parameter makes."""
 
 

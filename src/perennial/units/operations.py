@@ -77,6 +77,8 @@ def plain_name(func: Callable[..., Any]) -> str:
     """The operation's name: ``"add"`` for ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and ``Tensor.__iadd__``;
     ``"T"`` for the property ``Tensor.T``."""
     name = getattr(func, "__name__", str(func))
+    if name == "grad":  # torch.autograd.grad; the property Tensor.grad comes as __get__
+        return "autograd_grad"
     if name in ("__get__", "__set__", "__delete__"):
         name = getattr(getattr(func, "__self__", None), "__name__", name)
     if name in QUIET:

@@ -160,6 +160,18 @@ def _embedding(tracer: Tracer, func: Any, name: str, args: Any, kwargs: Any) -> 
     return out
 
 
+def _broadcast(tracer: Tracer, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    out = func(*args, **kwargs)
+    given = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+    for piece, source in zip(out, given, strict=True):
+        shadow = tracer.shadow(source)
+        if shadow is not None:
+            tracer.keep(piece, shadow.expand(piece.shape))
+        elif id(source) in tracer.parameters or tracer.statistic(source) is not None:
+            tracer.end_all([source], name)
+    return out
+
+
 def _glu(tracer: Tracer, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
     given = named(("input", "dim"), args, kwargs)
@@ -239,6 +251,7 @@ SPECIAL: dict[str, Callable[[Tracer, Any, str, Any, Any], Any]] = {
     "multi_head_attention_forward": _multi_head_attention,
     "embedding": _embedding,
     "glu": _glu,
+    "broadcast_tensors": _broadcast,
     **dict.fromkeys(("batch_norm", "instance_norm"), _channel_norm),
     "group_norm": _group_norm,
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),

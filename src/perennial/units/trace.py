@@ -61,8 +61,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     values = [(b, b.detach().clone()) for _, held in buffers for b in held.values() if b is not None]
     modes = [m.training for m in modules]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    # What torch.compile has made of the model is left aside: Dynamo cannot run under a function mode.
+    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules)
+    plain = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), plain:
             yield
     finally:
         for module, held in buffers:
@@ -98,6 +101,7 @@ def trace(model: nn.Module, *args: Any, initial: Mapping[str, Distribution] | No
     args, kwargs = copied((args, kwargs))
     with undisturbed(model), tracer:
         out = model(*args, **kwargs)
+    tracer.look(leaves(out))
     for tensor in leaves(out):
         shadow, statistic = tracer.shadow(tensor), tracer.statistic(tensor)
         if shadow is not None:

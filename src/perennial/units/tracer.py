@@ -40,26 +40,27 @@ class Tracer(Counter):
         self.moments = 0
         self.drawn_from: dict[int, str] = {}  # first unit number of a parameter used by itself -> its name
 
-        self.known = {id(value) for value in gc.get_objects() if issubclass(type(value), Tensor)}
-        self.made: dict[int, weakref.ref[Tensor]] = {}
+        # Tensors that are there before the pass, and what is made in it. Not by id alone: memory is used again.
+        self.at_hand: list[Tensor] = []  # shadows of what was alive after the last operation
+        self.made = {id(t): weakref.ref(t) for t in gc.get_objects() if issubclass(type(t), Tensor)}
 
     # --- what is not seen -------------------------------------------------------------------------------------------
 
     def note(self, out: Any) -> None:
         for tensor in tensors_in(out):
             self.made[id(tensor)] = weakref.ref(tensor)
+        self.shadows = {key: entry for key, entry in self.shadows.items() if entry[0]() is not None}
+        self.at_hand = [shadow for _, shadow in self.shadows.values()]
 
     def look(self, tensors: Sequence[Tensor]) -> None:
         """A tensor that was not there before and that no operation made comes from code out of sight (``torch.jit``,
-        ``torch.func``, ``autograd.grad``), which may have read any unit so far."""
+        ``torch.func``, NumPy). It may have read whatever was at hand after the operation before."""
         for tensor in tensors:
-            mine = self.made.get(id(tensor))
-            if id(tensor) in self.known or not tensor.is_floating_point() or (mine is not None and mine() is tensor):
-                continue
-            self.note(tensor)
-            if self.record.count > 1:
-                every = torch.arange(1, self.record.count)
-                self.end(every, "code that cannot be followed (torch.jit, torch.func, autograd.grad) may read it")
+            made = self.made.get(id(tensor))
+            if tensor.is_floating_point() and (made is None or made() is not tensor):
+                for shadow in self.at_hand:
+                    self.end(shadow, "code that cannot be followed (torch.jit, torch.func, NumPy) may read it")
+                self.made[id(tensor)] = weakref.ref(tensor)
 
     # --- shadows ----------------------------------------------------------------------------------------------------
 
@@ -165,11 +166,14 @@ class Tracer(Counter):
                 self.use(tensor, name)
         results = tensors_in(out)
         if into is not None and name != "setitem":
-            for tensor in tensors:
-                shadow = self.shadow(tensor)
-                if shadow is not None and tensor is not into:
-                    self.end(shadow, "written into memory through a view")
-        if name == "setitem":
+            given = [s for t in tensors if t is not into and (s := self.shadow(t)) is not None]
+            for shadow in given:
+                self.end(shadow, "written into memory through a view")
+            if given and into._base is not None:
+                self.taint([into._base], "a write through a view")
+        if name == "autograd_grad":
+            self.end(torch.arange(self.record.count), "a gradient taken in the forward pass may depend on it")
+        elif name == "setitem":
             self.write(args)
         elif not results:
             self.end_all(tensors, name)
