@@ -508,6 +508,21 @@ def test_says_what_is_kept_and_what_is_not() -> None:
         assert part in text, text
 
 
+@pytest.mark.parametrize("method", [ContinualBackprop(**OFTEN), ReDo(threshold=0.5, every=3)], ids=["cbp", "redo"])
+def test_looking_at_the_activations_changes_no_decision(method: Any) -> None:
+    """Behind rectifiers a score is summed the faster way; the same units are replaced, with the same weights."""
+    models = [conv_net(), conv_net()]
+    optimizers = [OPTIMIZERS["adam"](m.parameters()) for m in models]
+    keepers = [attach(method, m, o, example=images(0)[0], check=False) for m, o in zip(models, optimizers, strict=True)]
+    context = keepers[1]._context
+    keepers[1]._context = lambda *seen: context(*seen)._replace(look=False)  # type: ignore[method-assign]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(20))
+    assert equal(*models)
+    assert keepers[0].replaced() == keepers[1].replaced()
+    assert sum(keepers[0].replaced().values()) > 5
+
+
 def test_dead_units_are_kept_since_nothing_speaks_against_them() -> None:
     """They show no effect on the example; to bring them back is what the methods are for."""
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))

@@ -261,6 +261,7 @@ class Keeper:
             self._loss if self._loss_of_batch is not None else None,
             self._buffers,
             _mean_over_processes if _processes() > 1 else _itself,
+            look=self._step.device.type == "cpu",
             in_place=True,
         )
 

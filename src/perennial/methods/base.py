@@ -68,6 +68,9 @@ class Context(NamedTuple):
     reduce: Callable[[Tensor], Tensor] = lambda score: score
     """The mean of a tensor over the processes of a data-parallel job; the tensor itself where there is one process.
     What a method computes from activations or signals goes through it, so that all processes decide alike."""
+    look: bool = False
+    """Activations are plain numbers in the processor's memory, which a score may look at to choose the faster way; the
+    last bits of a sum may depend on that."""
     in_place: bool = False
     """The parameters are a user's own: :func:`perennial.methods.replace.replace_units` writes rows into them instead of
     returning whole tensors. Methods need not look at it."""

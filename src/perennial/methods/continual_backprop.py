@@ -182,15 +182,14 @@ class ContinualBackprop(ReplacesUnits):
         if self.utility == "incoming_magnitude":
             return scores.incoming_magnitude(*_producers(layer, current))
         h = context.activations[layer.name]
-        look = context.in_place and on_host(h)
         if self.utility == "activation":
-            return context.reduce(scores.activation_magnitude(h, look=look))
+            return context.reduce(scores.activation_magnitude(h, look=context.look))
         if self.utility == "taylor":
             return context.reduce(scores.taylor(h, context.signals[layer.name]))
         if self.utility == "fisher":
             return context.reduce(scores.fisher(h, context.signals[layer.name]))
         if self.utility == "contribution" or mean is None:
-            return context.reduce(scores.contribution(h, *_readers(layer, current), look=look))
+            return context.reduce(scores.contribution(h, *_readers(layer, current), look=context.look))
         score = context.reduce(scores.mean_corrected_contribution(h, mean, *_readers(layer, current)))
         if self.utility == "adaptable_contribution":
             score = score * scores.adaptation(*_producers(layer, current))

@@ -11,7 +11,7 @@ from torch import Tensor
 from perennial import scores
 from perennial.methods.base import Context, Outcome, Scalar, Tensors, number, reached, whole
 from perennial.methods.fresh import falls_due
-from perennial.methods.replace import Chosen, ReplacesUnits, changes, on_host, replace_units, working_copy
+from perennial.methods.replace import Chosen, ReplacesUnits, changes, replace_units, working_copy
 from perennial.units import UnitLayer, UnitMap
 
 
@@ -69,8 +69,7 @@ class ReDo(ReplacesUnits):
 
     def _score(self, layer: UnitLayer, context: Context) -> Tensor:
         """This step's score, [units]."""
-        h = context.activations[layer.name]
-        return scores.activation_magnitude(h, look=context.in_place and on_host(h))
+        return scores.activation_magnitude(context.activations[layer.name], look=context.look)
 
     def init(self, params: Tensors, units: UnitMap) -> ReDoState:
         self.check(params, units)
