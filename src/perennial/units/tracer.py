@@ -209,10 +209,15 @@ class Tracer(Counter):
             target = args[0] if in_place and args else None
         return target if isinstance(target, Tensor) and target._base is not None else None
 
-    def taint(self, results: Sequence[Tensor], name: str) -> None:
-        """What an unknown operation made of units is one unit that cannot be kept, and so is what it is added to."""
+    def unknown(self, name: str) -> Tensor:
+        """A new unit, [1], that cannot be kept: what was made of others in a way that nobody can follow."""
         unknown = self.new_units(1)
         self.end(unknown, f"joined with what {name} made of other units")
+        return unknown
+
+    def taint(self, results: Sequence[Tensor], name: str) -> None:
+        """What an unknown operation made of units is one unit that cannot be kept, and so is what it is added to."""
+        unknown = self.unknown(name)
         for out in results:
             self.keep(out, unknown.expand(out.shape) if out.dim() else unknown.reshape(()))
 
@@ -332,8 +337,8 @@ class Tracer(Counter):
             for parameter in own:
                 joined = self.scale(name, joined, parameter)
         for units, calls in statistics:
-            if joined is not None:
-                self.norm_by(joined, units, calls, name)
+            if joined is not None and not self.norm_by(joined, units, calls, name):
+                joined = self.join(joined, self.unknown("a statistic over them").expand(joined.shape))
         for out in results:
             if joined is not None:
                 self.keep(out, joined.expand(out.shape) if joined.dim() <= out.dim() else joined.reshape(out.shape))
@@ -354,7 +359,7 @@ class Tracer(Counter):
             break
         return joined
 
-    def norm_by(self, shadow: Tensor, units: Tensor, calls: list[int], name: str) -> None:
+    def norm_by(self, shadow: Tensor, units: Tensor, calls: list[int], name: str) -> bool:
         """Units meet a statistic: of themselves it is a norm, of others it is a channel that nobody accounts for."""
         labels = self.record.labels()
         mine = labels[units_in(shadow)].unique()
@@ -362,8 +367,9 @@ class Tracer(Counter):
         if torch.equal(mine, theirs):
             self.record.normed.append(theirs)
             self.record.held += calls
-        else:
-            self.end(units, f"a statistic over units is read by others, by {name}")
+            return True
+        self.end(units, f"a statistic over units is read by others, by {name}")
+        return False
 
     def reduce(
         self, name: str, results: Sequence[Tensor], tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: Any
@@ -383,6 +389,7 @@ class Tracer(Counter):
                     self.keep_statistic(out, units_in(shadow), [self.number])
             else:
                 self.end(shadow, f"mixed with others by {name}")
+                self.taint(results, name)
             return
         for out in results:
             self.keep(out, shadow if out.shape == shadow.shape else representative(shadow, dims).reshape(out.shape))
