@@ -61,7 +61,7 @@ def assemble(model: nn.Module, record: Record, initial: Mapping[str, Distributio
                 problems.append("its units are mixed with each other and cannot be told apart")
         if problems:
             # Whatever else makes these units is left alone with them.
-            others = (m.parameter.rpartition(".")[0] or m.parameter for m in makers[1:])
+            others = (p.where.parameter.rpartition(".")[0] or p.where.parameter for p in mine if p.where.kind != "norm")
             every = dict.fromkeys([name, *(o for o in others if o != name.partition("[")[0])])
             refused += [(each, "; ".join(dict.fromkeys(problems))) for each in every]
         else:

@@ -455,8 +455,14 @@ class Tracer(Counter):
         if shadow is not None and groups > 1 and groups == source.shape[axis] and dims == (0, 1) and own:
             # Depthwise: every unit is filtered by itself and goes on.
             numbers = self.lay_along(shadow, axis).repeat_interleave(weight.shape[0] // groups)
-            for part in (weight, bias):
-                self.produce(part, 0, numbers, "also")
+            bare = numbers == 0  # channels without a unit: what is made of them is one
+            if bool(bare.any()):
+                made = torch.zeros_like(numbers).masked_scatter(bare, self.new_units(int(bare.sum())))
+                self.produce(weight, 0, made, kind)
+            self.produce(weight, 0, numbers, "also")
+            if bool(bare.any()):
+                numbers = numbers + made
+            self.produce(bias, 0, numbers, "also")
             self.keep(out, laid(numbers, axis, out.dim()).expand(out.shape))
             return
         if shadow is not None and groups > 1 and dims != (0, 1):
