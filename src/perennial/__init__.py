@@ -1,11 +1,11 @@
 """Perennial keeps neural networks able to learn."""
 
-from perennial import methods
+from perennial import methods, optim
 from perennial.attach import Keeper, attach
 from perennial.methods import *  # noqa: F403 - every method is one import away
 from perennial.networks import MLP
 from perennial.population import Lane, Population
-from perennial.streams import PermutedDigits, SlowlyChangingRegression
+from perennial.streams import PermutedDigits, PermutedMNIST, SlowlyChangingRegression
 from perennial.units import UnitMap, prove, trace
 
 __version__ = "0.1.0"
@@ -15,11 +15,13 @@ __all__ = [
     "Keeper",
     "Lane",
     "PermutedDigits",
+    "PermutedMNIST",
     "Population",
     "SlowlyChangingRegression",
     "UnitMap",
     "__version__",
     "attach",
+    "optim",
     "prove",
     "trace",
     *(method.__name__ for method in methods.REGISTRY),

@@ -84,6 +84,41 @@ def compile_step(
     return compiled
 
 
+def compile_any_size(
+    step: Callable[..., Sequence[Tensor]], state: Sequence[Tensor], inputs: Sequence[Tensor], threads: int
+) -> Step | None:
+    """The same as :func:`compile_step` for tensors of any size, in one program.
+
+    Dimensions that are equal in the examples (and not 1) stay equal; all others are free. Layouts are contiguous.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    if not _has_compiler():
+        return None
+    count = len(state)
+
+    def in_place(*tensors: Tensor) -> tuple[Tensor, ...]:
+        for target, new in zip(tensors[:count], step(*tensors), strict=True):
+            target.copy_(new)
+        return ()
+
+    pure = torch.func.functionalize(in_place, remove="mutations")
+    with torch.no_grad():
+        graph = make_fx(pure, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*state, *inputs)
+        symbolic = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        patches = {
+            "cpp.threads": threads,
+            "unroll_reductions_threshold": 1,
+            "size_asserts": False,
+            "alignment_asserts": False,
+        }
+        with config.patch(patches):
+            compiled: Step = compile_fx_inner(graph, symbolic)
+    return compiled
+
+
 @contextlib.contextmanager
 def _lanes_innermost(lanes: int) -> Iterator[None]:
     """Lay every intermediate out like the state: neighbours in memory are neighbouring lanes.

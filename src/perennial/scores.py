@@ -6,6 +6,8 @@ Every score is "more is better": the lowest is replaced, pruned or perturbed fir
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,36 @@ def first_order(weight: Tensor, grad: Tensor) -> Tensor:
     Elsayed and Mahmood (ICLR 2024), equation 3; the signed form of the Taylor score of pruning.
     """
     return -grad * weight
+
+
+def second_order(weight: Tensor, grad: Tensor, curvature: Tensor) -> Tensor:
+    r"""The same to second order, with the diagonal of the Hessian: :math:`-g w + \tfrac12 h w^2`, element by element.
+
+    Elsayed and Mahmood (ICLR 2024), equation 3; without the first term, the saliency of optimal brain damage (LeCun,
+    Denker and Solla, 1989).
+    """
+    return (0.5 * curvature * weight - grad) * weight
+
+
+def exact_utility(loss: Callable[[Mapping[str, Tensor]], Tensor], name: str, weight: Tensor) -> Tensor:
+    r"""The loss without a weight, minus the loss with it, for every weight: :math:`L(w : w_i = 0) - L(w)`.
+
+    One forward pass a weight, side by side: for study, not for training.
+
+    Args:
+        loss: the loss [] as a function of the parameters that change, by name.
+        name: the parameter.
+        weight: its value.
+
+    Returns:
+        The parameter's shape.
+    """
+    element = torch.arange(weight.numel(), device=weight.device).reshape(weight.shape)
+
+    def without(gone: Tensor) -> Tensor:
+        return loss({name: torch.where(element == gone, 0.0, weight)})
+
+    return torch.vmap(without, chunk_size=1024)(element.flatten()).reshape(weight.shape) - loss({})
 
 
 def mean_activation(activation: Tensor) -> Tensor:

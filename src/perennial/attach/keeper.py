@@ -294,6 +294,7 @@ class Keeper:
             if not len(units):
                 continue
             self._total[layer.name].add_(mark)
+            self._fresh.reset_units(layer.name, mark)
             for part in (*layer.incoming, *layer.norms, *layer.outgoing):
                 parameter = self._params.get(part.parameter)
                 if parameter is None:
@@ -301,9 +302,8 @@ class Keeper:
                 if part.groups > 1:
                     self._fresh.reset_where(parameter, part.mask(mark, parameter))
                     continue
-                index = part.index.to(parameter.device)[units]
-                every = None if hit is None else hit.repeat_interleave(index.shape[1])
-                self._fresh.reset(parameter, part.dim, index.reshape(-1), every)
+                every = None if hit is None else hit.repeat_interleave(part.index.shape[1])
+                self._fresh.reset(parameter, part.dim, part.positions(units), every)
 
     def _renew_marked(self, touched: Touched) -> None:
         for name, dims in touched.items():

@@ -11,7 +11,8 @@ step:
           - \frac{m / c_1(t)}{\sqrt{v / c_2(t)} + \epsilon}\right), \qquad c_i(t) = 1 - \beta_i^t,
 
 with T the parameter's count and t the unit's own. The result is what an Adam with a count for every weight does, from
-the first step on; after some ten thousand steps the two are the same, and nothing is left to correct.
+the first step on; after some ten thousand steps the two are the same, and nothing is left to correct. The optimizers of
+:mod:`perennial.optim` have such counts built in.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from perennial.methods.base import correction
+from perennial.optim import RuleOptimizer
 from perennial.units import along
 
 _OLD = 1 << 30
@@ -72,6 +74,8 @@ class FreshState:
         """What happens to the optimizer's state of a fresh unit, in words."""
         optimizer = self.optimizer()
         name = type(optimizer).__name__
+        if isinstance(optimizer, RuleOptimizer):
+            return f"{name}: all state starts at zero and every weight has a step count of its own"
         if isinstance(optimizer, Adam):
             return f"{name}: moments start at zero and every fresh unit has a step count of its own"
         return f"{name}: every state tensor of the parameter's shape starts at zero; step counts stay"
@@ -90,11 +94,19 @@ class FreshState:
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0:
                 _zero(value, dim, positions, hit)
+        if isinstance(optimizer, RuleOptimizer):
+            optimizer.renew(parameter, dim, positions, hit)
         if isinstance(optimizer, Adam):
             counts = self.counts.setdefault(parameter, {})
             if dim not in counts:
                 counts[dim] = torch.full((parameter.shape[dim],), _OLD, dtype=torch.int32, device=parameter.device)
             _zero(counts[dim], 0, positions, hit)
+
+    def reset_units(self, layer: str, units: Tensor) -> None:
+        """The same for what an optimizer keeps by unit: ``units`` is bool [units] of the named layer."""
+        optimizer = self.optimizer()
+        if isinstance(optimizer, RuleOptimizer):
+            optimizer.renew_units(layer, units)
 
     def reset_where(self, parameter: Tensor, mask: Tensor) -> None:
         """The same for what no position along one dimension describes: a mask that broadcasts against the parameter.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perennial.methods.base import Context, Rule, Scalar, Tensors, correction, number, start_ages
+from perennial.methods.base import Context, Rule, Scalar, Tensors, number, start_ages, unbiasing
 from perennial.units import UnitMap
 
 
@@ -66,7 +66,7 @@ class Adam(Rule):
             m = mean[name] = self.beta1 * state.mean[name] + (1 - self.beta1) * g
             s = square[name] = self.beta2 * state.square[name] + (1 - self.beta2) * g * g
             ages[name] = tuple(age + 1 for age in state.ages[name])
-            unbiased = m / correction(ages[name], self.beta1)
-            spread = torch.sqrt(s / correction(ages[name], self.beta2))
+            unbiased = m * unbiasing(ages[name], self.beta1)
+            spread = torch.sqrt(s * unbiasing(ages[name], self.beta2))
             changed[name] = w - self.lr * unbiased / (spread + self.eps)
         return changed, AdamState(mean, square, ages)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from perennial.noise import Noise
+from perennial.noise import Noise, once
 from perennial.units import UnitMap, along
 
 Scalar: TypeAlias = float | Tensor
@@ -40,13 +40,13 @@ State: TypeAlias = Any
 
 Touched: TypeAlias = Mapping[str, Mapping[int, Tensor]]
 """Parameter name -> {dimension: bool [its length]}; see :meth:`perennial.units.UnitMap.touched`.
-:func:`whole_parameter` marks all of one."""
+:func:`whole_parameter` marks all of one. Layer name -> {0: bool [units]} for what is kept by unit."""
 
 
 class Context(NamedTuple):
     """What a method may look at in one step.
 
-    Activations and signals are there if the method's :attr:`Method.needs` names them, the loss likewise.
+    Activations, signals, curvature and the loss are there if the method's :attr:`Method.needs` names them.
     """
 
     grads: Tensors
@@ -74,6 +74,11 @@ class Context(NamedTuple):
     in_place: bool = False
     """The parameters are a user's own: :func:`perennial.methods.replace.replace_units` writes rows into them instead of
     returning whole tensors. Methods need not look at it."""
+    curvature: Tensors = {}
+    """The diagonal of the loss's Hessian by parameter name; see :mod:`perennial.curvature`."""
+    shared: Tensors | None = None
+    """What :meth:`Rule.shared` made of all parameters, where ``step`` is given only some of them; None: all are here.
+    """
 
 
 def number(
@@ -94,16 +99,16 @@ def number(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def whole(default: int | None, *, low: int = 0) -> Any:
+def whole(default: int | None, *, low: int = 0, optional: bool = False) -> Any:
     """A field for a whole number from ``low``: structure, the same in all lanes of a program.
 
-    None is a value of the field only if it is its default.
+    None is a value of the field only if it is its default, or with ``optional``.
     """
-    return dataclasses.field(default=default, metadata={"whole_low": low})
+    return dataclasses.field(default=default, metadata={"whole_low": low, "optional": optional})
 
 
-def choice(default: str, *options: str) -> Any:
-    """A field for a name out of a closed list."""
+def choice(default: str | int, *options: str | int) -> Any:
+    """A field for a name (or an order) out of a closed list."""
     return dataclasses.field(default=default, metadata={"options": options})
 
 
@@ -125,10 +130,10 @@ class Method:
             where = f"{self.name}.{field.name}"
             options = field.metadata.get("options")
             if options is not None and value not in options:
-                raise ValueError(f"{where} is {value!r}; it is one of {', '.join(options)}")
+                raise ValueError(f"{where} is {value!r}; it is one of {', '.join(map(str, options))}")
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"{where} is {value!r}; it is True or False")
-            absent = value is None and field.default is None
+            absent = value is None and (field.default is None or field.metadata.get("optional", False))
             if "whole_low" in field.metadata and not absent:
                 low = field.metadata["whole_low"]
                 if isinstance(value, bool) or not isinstance(value, int):
@@ -145,7 +150,8 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads of the context beyond gradients, of ``"activations"``, ``"signals"`` and ``"loss"``.
+        """What it reads of the context beyond gradients, of ``"activations"``, ``"signals"``, ``"curvature"`` and
+        ``"loss"``.
 
         What nobody needs is not recorded: a forward hook less on a user's model.
         """
@@ -167,14 +173,26 @@ class Method:
 
 
 class Rule(Method):
-    """A method that turns gradients into an update."""
+    """A method that turns gradients into an update.
+
+    ``step`` treats every parameter by itself but for what :meth:`shared` says, so that an optimizer may hand it the
+    parameters in parts.
+    """
+
+    def shared(self, params: Tensors, state: State, context: Context) -> dict[str, Tensor]:
+        """What ``step`` has to know of all parameters at once, by name. Of parts of the parameters the maximum counts.
+
+        A rule that defines it reads ``context.shared``, and makes it itself where that is None.
+        """
+        return {}
 
     def reset(self, state: State, touched: Touched) -> State:
         """Fresh weights get a fresh state.
 
         In every dict of the state, a tensor shaped like its parameter goes back to zero where ``touched`` marks it; a
-        tuple of per-dimension counts (:func:`start_ages`) goes back to zero along the marked dimension. A rule whose
-        state starts elsewhere than at zero overrides this.
+        tuple of per-dimension counts (:func:`start_ages`) goes back to zero along the marked dimension. What is kept
+        by unit, under the layer's name, is marked by that name. A rule whose state starts elsewhere than at zero
+        overrides this.
         """
         if not hasattr(state, "_fields"):
             return state
@@ -322,6 +340,16 @@ def reached(decay: Scalar, age: Tensor) -> Tensor:
     if isinstance(decay, Tensor):
         return -torch.expm1(age * torch.log(decay))
     return -torch.expm1(age * (math.log(decay) if decay > 0 else -math.inf))
+
+
+def unbiasing(ages: tuple[Tensor, ...], decay: Scalar) -> Tensor:
+    r"""What takes the bias of the zero start out of a moving average: :math:`1 / (1 - \beta^t)`, t the element's own
+    age. Infinite at age 0.
+
+    It falls with t, so the maximum over the dimensions is that of the youngest coordinate, and a power is computed for
+    a row and a column instead of a matrix. Broadcasts against the parameter.
+    """
+    return functools.reduce(torch.maximum, [once(1 / reached(decay, age)) for age in ages])
 
 
 def correction(ages: tuple[Tensor, ...], decay: Scalar) -> Tensor:

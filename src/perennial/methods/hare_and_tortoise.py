@@ -34,8 +34,8 @@ class HareAndTortoise(Intervention):
 
     decay: Scalar = number(0.999, low=0.0, high=1.0)
     """Decay of the moving average, beta."""
-    every: int | None = whole(1000)
-    """Optimizer steps from one fresh start to the next; 0: never."""
+    every: int | None = whole(1000, optional=True)
+    """Optimizer steps from one fresh start to the next; 0: never; None: when a new task begins."""
 
     OFF = {"every": 0}
 

@@ -50,8 +50,8 @@ class ReDo(ReplacesUnits):
 
     threshold: Scalar = number(0.025, low=0.0)
     """Normalised score up to which a unit is dormant, tau; at 0 only units that are exactly silent."""
-    every: int = whole(1000)
-    """Optimizer steps from one event to the next; 0: never."""
+    every: int | None = whole(1000, optional=True)
+    """Optimizer steps from one event to the next; 0: never; None: when a new task begins."""
     score_decay: Scalar = number(0.0, low=0.0, high=1.0, open_high=True)
     """Decay of the moving averages, beta."""
 
@@ -105,6 +105,7 @@ class ReDo(ReplacesUnits):
             key = layer.name
             grown = reached(self.score_decay, state.age[key].to(state.score[key].dtype))
             hat = state.score[key] / grown
+            # A task that ends before a unit was seen: its score is not a number, and nothing is below the threshold.
             gone = scores.normalised(hat) <= self.threshold
             replace_units(
                 layer, current, Chosen(gone.to(hat.dtype)), context, reinitialise=self.reinitialise,

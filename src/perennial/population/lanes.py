@@ -55,6 +55,8 @@ class LaneState(NamedTuple):
     """float64 []: sum of the online loss since the sums were last emptied."""
     correct: Tensor
     """float64 []: sum of the online accuracy since then; stays 0 for regression."""
+    plasticity: Tensor
+    """float64 []: sum since then of the sample plasticity, of the samples at which it was taken."""
 
 
 def structure(method: Method) -> tuple[Any, ...]:

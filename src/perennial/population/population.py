@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from perennial import metrics, networks
+from perennial.compiler import compile_step
 from perennial.methods import Context, Intervention, Method, Regulariser
 from perennial.methods.base import Tensors
 from perennial.noise import Noise, seed_key
-from perennial.population.compiler import compile_step
 from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
 from perennial.streams import Stream
 from perennial.units import build_and_record, trace
@@ -55,6 +55,9 @@ class Population:
         dtype: of parameters, and of methods' numbers.
         compiled: False runs the same functions uncompiled.
         threads: processor threads for one step; None: torch's setting.
+        plasticity_every: steps between samples at which the sample plasticity is taken
+            (:func:`perennial.metrics.sample_plasticity`), by a second forward pass; None: never. The mean over a
+            share of the samples estimates that over all.
 
     Raises:
         ValueError: no lanes, lanes of different structure, a network that does not fit the stream, has buffers or a
@@ -71,7 +74,11 @@ class Population:
         dtype: torch.dtype = torch.float32,
         compiled: bool = True,
         threads: int | None = None,
+        plasticity_every: int | None = None,
     ) -> None:
+        if plasticity_every is not None and plasticity_every < 1:
+            raise ValueError(f"plasticity_every is {plasticity_every}; it is a number of steps from 1, or None")
+        self.plasticity_every = plasticity_every
         if not lanes:
             raise ValueError("a population needs at least one lane")
         self.stream, self.device, self.dtype = stream, torch.device(device), dtype
@@ -156,7 +163,7 @@ class Population:
             zero = torch.zeros((), dtype=torch.int32, device=self.device)
             total = zero.to(torch.float64)
             states = tuple(method.init(params, self.units) for method in lane.methods)
-            return LaneState(params, states, zero, zero - 1, zero, total, total)
+            return LaneState(params, states, zero, zero - 1, zero, total, total, total)
 
         first = one(self.lanes[0])
         leaves, self._spec = pytree.tree_flatten(first)
@@ -220,6 +227,13 @@ class Population:
                     whole = whole + method.rate * method.penalty(params, own, self.units)
             return whole, (loss, output, activations)
 
+        curvature: Tensors = {}
+        if "curvature" in self._needs:
+            from perennial.curvature import hesscale
+
+            curvature = hesscale(
+                lambda p: functional_call(self.model, dict(p), (x,)), state.params, lambda out: self._loss(out, y)
+            ).curvature
         slopes, (_, (loss, output, activations)) = grad_and_value(objective, argnums=(0, 1), has_aux=True)(
             state.params, moved
         )
@@ -237,7 +251,8 @@ class Population:
                 return self._loss(functional_call(self.model, at | dict(changed), (x,)), y)
 
             wanted = loss_at if "loss" in method.needs else None
-            return Context(grads, activations, noise.scoped(method.name), self.units, signals, wanted)
+            scoped = noise.scoped(method.name)
+            return Context(grads, activations, scoped, self.units, signals, wanted, curvature=curvature)
 
         changed, rule_state = rule.step(params, state.methods[0], seen_by(rule))
         params |= changed
@@ -250,7 +265,7 @@ class Population:
             fresh = method.replaced(new)  # type: ignore[attr-defined]
             if fresh:
                 touched = self.units.touched(fresh, {name: w.shape for name, w in params.items()})
-                rule_state = rule.reset(rule_state, touched)  # type: ignore[attr-defined]
+                rule_state = rule.reset(rule_state, touched | _by_layer(fresh))  # type: ignore[attr-defined]
                 for mask in fresh.values():
                     replaced = replaced + mask.sum(dtype=torch.int32)
         correct = state.correct if self._regression else state.correct + networks.correct(output, y)
@@ -262,6 +277,7 @@ class Population:
             replaced,
             state.loss + loss,
             correct,
+            state.plasticity,
         )
 
     def _lane_events(self, due: Sequence[bool], state: LaneState, numbers: dict[str, Tensor], key: Tensor) -> LaneState:
@@ -280,7 +296,8 @@ class Population:
             params |= outcome.changed
             states[position] = outcome.state
             if outcome.touched:
-                states[0] = rule.reset(states[0], outcome.touched)  # type: ignore[attr-defined]
+                touched = {**outcome.touched, **_by_layer(outcome.replaced)}
+                states[0] = rule.reset(states[0], touched)  # type: ignore[attr-defined]
             for mask in outcome.replaced.values():
                 replaced = replaced + mask.sum(dtype=torch.int32)
         return state._replace(params=params, methods=tuple(states), replaced=replaced)
@@ -416,13 +433,37 @@ class Population:
         collecting = gc.isenabled()
         gc.disable()  # a step makes no cycles, and looking for them costs a tenth of the time
         try:
+            every = self.plasticity_every or 0
             for number, example in enumerate(examples, start=start + 1):
+                taken = every and number % every == 0
+                before = self._sums().loss.clone() if taken else None
                 self._step(example)
+                if before is not None:
+                    self._take_plasticity(before, example)
                 if self._eventful:
                     self._run_events(number)
         finally:
             if collecting:
                 gc.enable()
+
+    def _sums(self) -> LaneState:
+        """The state with padding lanes."""
+        state: LaneState = pytree.tree_unflatten(self._leaves, self._spec)
+        return state
+
+    def _take_plasticity(self, before: Tensor, example: tuple[Tensor, ...]) -> None:
+        """Add the sample plasticity of the step just made; ``before`` is the sum of the losses before it, [lanes]."""
+        state = self._sums()
+
+        def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return self._loss(functional_call(self.model, params, (x,)), y)
+
+        with torch.no_grad():
+            if self._keys.shape[-1] == 1:
+                after = loss({n: w[..., 0] for n, w in state.params.items()}, *(t[..., 0] for t in example))[None]
+            else:
+                after = vmap(loss, in_dims=-1)(state.params, *example)
+            state.plasticity.add_(metrics.sample_plasticity(state.loss - before, after.to(torch.float64)))
 
     @staticmethod
     def _gone_wrong(state: LaneState) -> Tensor:
@@ -438,6 +479,11 @@ class Population:
         found = {"online_loss": self.state.loss / steps}
         if self.stream.task == "classification":
             found["online_accuracy"] = self.state.correct / steps
+        if self.plasticity_every:
+            end = self.steps_made
+            taken = end // self.plasticity_every - (end - steps) // self.plasticity_every
+            found["sample_plasticity"] = self.state.plasticity / taken if taken else self.state.plasticity * torch.nan
+        self.state.plasticity.nan_to_num_().zero_()
         self.state.loss.nan_to_num_().zero_()
         self.state.correct.nan_to_num_().zero_()
         gone = self.state.diverged >= 0
@@ -565,6 +611,11 @@ class Population:
         """Memory that one lane's state takes."""
         leaves = pytree.tree_leaves(self.state)
         return int(sum(leaf.numel() * leaf.element_size() for leaf in leaves)) // len(self.lanes)
+
+
+def _by_layer(replaced: Tensors) -> dict[str, dict[int, Tensor]]:
+    """Marks for what a rule keeps by unit."""
+    return {layer: {0: mask} for layer, mask in replaced.items()}
 
 
 def _padded(lanes: Sequence[Lane]) -> list[Lane]:

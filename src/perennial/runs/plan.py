@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from perennial.compiler import cache_folder
 from perennial.population import Lane, Population
-from perennial.population.compiler import cache_folder
 from perennial.population.lanes import structure
 from perennial.runs.directory import read_json, write_json
 from perennial.studies import Study, Variant, factory_of, seeds_of, stream_of, variants_of
