@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from perennial.metrics import dead_units, effective_rank_entropy, weight_magnitude
+from perennial.metrics import (
+    dead_units,
+    effective_rank_entropy,
+    loss_of_plasticity,
+    online_forgetting,
+    sample_plasticity,
+    weight_magnitude,
+    window_means,
+)
 
 
 def of_singular_values(values: list[float], samples: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -109,3 +117,24 @@ def test_a_metric_changes_nothing(metric: object) -> None:
     assert torch.equal(x.detach(), before)
     assert x.grad is None
     assert torch.equal(rng, torch.get_rng_state())
+
+
+# --- of streams -----------------------------------------------------------------------------------------------------
+
+
+def test_sample_plasticity() -> None:
+    before, after = torch.tensor([2.0, 2.0, 1.0, 0.0, 0.0]), torch.tensor([0.5, 3.0, 0.0, 0.0, 1.0])
+    assert sample_plasticity(before, after).tolist() == [0.75, 0.0, 1.0, 1.0, 0.0]
+
+
+def test_measures_of_a_stream() -> None:
+    accuracy = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0])
+    by_task = window_means(accuracy, 2)
+    assert by_task.tolist() == [0.5, 1.0, 0.0], "the incomplete window is left out"
+    assert float(online_forgetting(by_task)) == 0.5
+    assert float(loss_of_plasticity(by_task)) == 0.5
+    differences = by_task[:-1] - by_task[1:]
+    assert float(differences.sum()) == float(online_forgetting(by_task)), "the sum of the steps telescopes"
+    assert window_means(torch.ones(6, 3), 3).shape == (2, 3)
+    with pytest.raises(ValueError, match="window is 8; it must be at least 1 and at most the 7 steps"):
+        window_means(accuracy, 8)

@@ -776,3 +776,47 @@ def test_compiled_lanes_diverge_and_resume_alike() -> None:
     for number in (0, 2):
         same(lane(whole, number), lane(other, number))
     same(resumed.state, whole.state)
+
+
+# --- sample plasticity ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_sample_plasticity_is_what_a_second_forward_pass_says(lanes: int) -> None:
+    """Against the losses before and after each step, worked out from the parameters themselves."""
+    stream = Table(batch=2)
+    members = [Lane(seed, SGD(lr=0.05)) for seed in range(lanes)]
+    every, steps = 3, 12
+    population = Population(
+        lambda: MLP(hidden=(5,)).build(6, 2),
+        stream,
+        members,
+        compiled=False,
+        dtype=torch.float64,
+        plasticity_every=every,
+    )
+    other = Population(lambda: MLP(hidden=(5,)).build(6, 2), stream, members, compiled=False, dtype=torch.float64)
+    feed = stream.open([lane.seed for lane in members], torch.device("cpu"))
+    total = torch.zeros(lanes, dtype=torch.float64)
+    for step in range(steps):
+        x, y = (t[0].double() for t in feed.examples(step, 1))
+
+        def loss(number: int, x: torch.Tensor = x, y: torch.Tensor = y) -> float:
+            params = {name: w[..., number] for name, w in other.state.params.items()}
+            out = torch.func.functional_call(other.model, params, (x[..., number],))
+            return float(((out - y[..., number]) ** 2).sum(1).mean())
+
+        before = [loss(number) for number in range(lanes)]
+        other.advance(1)
+        if (step + 1) % every == 0:
+            for number in range(lanes):
+                total[number] += min(1.0, max(0.0, 1 - loss(number) / before[number]))
+    population.advance(steps)
+    found = population.collect(steps)["sample_plasticity"]
+    torch.testing.assert_close(found, total / (steps // every), rtol=1e-9, atol=0)
+    for name, w in other.state.params.items():
+        assert torch.equal(population.state.params[name], w), "measuring changes nothing"
+    population.advance(2)
+    assert population.collect(2)["sample_plasticity"].isnan().all(), "no sample was taken in these two steps"
+    with pytest.raises(ValueError, match="plasticity_every is 0"):
+        Population(lambda: MLP().build(6, 2), stream, members, compiled=False, plasticity_every=0)

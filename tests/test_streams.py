@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +16,31 @@ from scipy import stats
 from torch import Tensor
 
 from perennial import SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, SlowlyChangingRegression
-from perennial.streams import REGISTRY, Stream
+from perennial.streams import REGISTRY, PermutedMNIST, Stream
+from perennial.streams.files import mnist, read_idx
+
+DATA = Path(os.environ.get("PERENNIAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_mnist = pytest.mark.skipif(
+    not (DATA / "mnist" / "train-images-idx3-ubyte.gz").exists(),
+    reason="MNIST is not here: set PERENNIAL_DATA to a folder that holds mnist/",
+)
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERENNIAL_DATA", str(DATA))
+
 
 SMALL: dict[str, Stream] = {
     "one": SlowlyChangingRegression(slow_bits=4, fast_bits=3, flip_after=20, target_units=10),
     "all": SlowlyChangingRegression(slow_bits=4, fast_bits=3, flip_after=20, target_units=10, flip="all"),
     "no fast bits": SlowlyChangingRegression(slow_bits=4, fast_bits=0, flip_after=20, target_units=10),
     "digits": PermutedDigits(),
+    "mnist": PermutedMNIST(task_steps=40),
 }
-every_stream = pytest.mark.parametrize("stream", SMALL.values(), ids=SMALL)
+every_stream = pytest.mark.parametrize(
+    "stream", [pytest.param(s, id=n, marks=needs_mnist if n == "mnist" else ()) for n, s in SMALL.items()]
+)
 
 
 def test_every_stream_is_tested() -> None:
@@ -280,3 +300,76 @@ def test_the_digits_probe_is_of_the_task_in_force() -> None:
         for seed in range(2):
             rows = {tuple(row) for row in task[:, seed].tolist()}
             assert all(tuple(row) in rows for row in probe[seed].tolist())
+
+
+# --- MNIST ----------------------------------------------------------------------------------------------------------
+
+
+@needs_mnist
+def test_mnist_is_permuted_from_the_original_and_visited_once_a_pass() -> None:
+    images, classes = mnist()
+    seen, targets = Opened(PermutedMNIST(task_steps=25_000), [2]).examples(0, 60_001)
+    assert float(seen.min()) == -1
+    assert float(seen.max()) == 1
+    # Every image once: pixel sums do not change under permutations, and with the class they say enough.
+    here = torch.stack([seen[:60_000, 0, 0].double().add(1).mul(127.5).round().sum(1), targets[:60_000, 0, 0].double()])
+    there = torch.stack([images.double().sum(1), classes.double()])
+    assert sorted(map(tuple, here.T.tolist())) == sorted(map(tuple, there.T.tolist()))
+
+    # A pixel that no image uses stands still within a task, and lies elsewhere in the next.
+    def still(start: int, end: int) -> list[int]:
+        return (seen[start:end, 0, 0] == -1).all(0).nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
+
+    unused = int((images == 0).all(0).sum())
+    assert len(still(0, 25_000)) >= unused
+    assert still(0, 25_000) != still(25_000, 50_000)
+    assert len(still(0, 50_000)) < unused
+
+
+def idx(folder: Path, shape: tuple[int, ...], kind: int = 8, extra: bytes = b"") -> Path:
+    count = int(np.prod(shape))
+    path = folder / "array.gz"
+    header = struct.pack(">HBB", 0, kind, len(shape)) + struct.pack(f">{len(shape)}I", *shape)
+    path.write_bytes(gzip.compress(header + bytes(i % 256 for i in range(count)) + extra))
+    return path
+
+
+def test_reads_idx(tmp_path: Path) -> None:
+    array = read_idx(idx(tmp_path, (3, 4, 5)))
+    assert array.shape == (3, 4, 5)
+    assert array.flatten().tolist() == list(range(60))
+    plain = tmp_path / "array"
+    plain.write_bytes(gzip.decompress((tmp_path / "array.gz").read_bytes()))
+    assert torch.equal(read_idx(plain), array)
+
+
+def test_refuses_a_damaged_idx_by_name_and_place(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"array.gz holds elements of type 0x0d \(offset 2\)"):
+        read_idx(idx(tmp_path, (3,), kind=13))
+    with pytest.raises(ValueError, match=r"holds 3 x 4 bytes from offset 12, and holds 13"):
+        read_idx(idx(tmp_path, (3, 4), extra=b"x"))
+    path = idx(tmp_path, (200, 40))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"array.gz is damaged"):
+        read_idx(path)
+    (tmp_path / "words").write_bytes(b"not an array")
+    with pytest.raises(ValueError, match="words is no IDX file: it begins with 6e 6f 74 20"):
+        read_idx(tmp_path / "words")
+    (tmp_path / "short").write_bytes(b"\0\0\x08\x03\0\0")
+    with pytest.raises(ValueError, match="ends at offset 6, within the sizes of its 3 dimensions"):
+        read_idx(tmp_path / "short")
+
+
+def test_says_what_is_needed_where_mnist_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mnist.cache_clear()
+    monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no .*mnist.train-images-idx3-ubyte.gz; put the official file there"):
+        PermutedMNIST().open([0], torch.device("cpu"))
+    monkeypatch.delenv("PERENNIAL_DATA")
+    with pytest.raises(FileNotFoundError, match="set the environment variable PERENNIAL_DATA"):
+        PermutedMNIST().open([0], torch.device("cpu"))
+    (tmp_path / "mnist").mkdir()
+    idx(tmp_path, (2, 28, 28)).rename(tmp_path / "mnist" / "train-images-idx3-ubyte.gz")
+    monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds \(2, 28, 28\) bytes, MNIST \(60000, 28, 28\)"):
+        PermutedMNIST().open([0], torch.device("cpu"))

@@ -30,6 +30,7 @@ ACCURACY, LOSS = "online_accuracy", "online_loss"
 MEASURES = {
     ACCURACY: Measure("Online accuracy", share=True, higher_is_better=True),
     LOSS: Measure("Online loss"),
+    "sample_plasticity": Measure("Sample plasticity", share=True, higher_is_better=True),
     "dead_units": Measure("Dead units", share=True),
     "weight_magnitude": Measure("Mean weight magnitude"),
     "effective_rank_entropy": Measure("Effective rank (entropy)"),

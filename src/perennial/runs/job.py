@@ -52,7 +52,14 @@ def run_job(
     stream = stream_of(part, job.part)
     variants, lanes = lanes_of(study, job)
     torch.set_num_threads(threads)
-    population = Population(factory_of(variants[0], stream), stream, lanes, device=device, threads=threads)
+    population = Population(
+        factory_of(variants[0], stream),
+        stream,
+        lanes,
+        device=device,
+        threads=threads,
+        plasticity_every=part.plasticity_every,
+    )
     saved = folder.load()
     if saved is not None:
         population.load_state_dict(saved)

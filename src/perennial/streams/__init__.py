@@ -5,8 +5,9 @@ To add a stream, write its file and add its class to :data:`REGISTRY`.
 
 from perennial.streams.base import Examples, Feed, Stream
 from perennial.streams.permuted_digits import PermutedDigits
+from perennial.streams.permuted_mnist import PermutedMNIST
 from perennial.streams.slowly_changing_regression import SlowlyChangingRegression
 
-REGISTRY: tuple[type[Stream], ...] = (SlowlyChangingRegression, PermutedDigits)
+REGISTRY: tuple[type[Stream], ...] = (SlowlyChangingRegression, PermutedDigits, PermutedMNIST)
 
-__all__ = ["REGISTRY", "Examples", "Feed", "PermutedDigits", "SlowlyChangingRegression", "Stream"]
+__all__ = ["REGISTRY", "Examples", "Feed", "PermutedDigits", "PermutedMNIST", "SlowlyChangingRegression", "Stream"]

@@ -59,6 +59,8 @@ class Part(_Strict):
     """Steps over which online loss and accuracy are averaged."""
     measure_every: int | None = Field(default=None, gt=0)
     """Steps between diagnostics, a multiple of ``bin``; every bin if left out."""
+    plasticity_every: int | None = Field(default=None, gt=0)
+    """Steps between samples at which the sample plasticity is taken; never if left out."""
     seeds: int | list[int]
     """How many, or which."""
     methods: dict[str, MethodEntry] = Field(min_length=1)
