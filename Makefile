@@ -48,11 +48,11 @@ demo: check $(READY) ## Run the demo study; prints a table and where the report 
 	$(BIN)/perennial run demo --out runs/demo
 
 .PHONY: test
-test: check lint ## Lint, then every test that takes less than a minute
+test: check lint ## Lint, then the quick tests: every kind of check
 	$(BIN)/python -m pytest -n auto
 
 .PHONY: test-slow
-test-slow: check $(READY) ## The tests that take longer
+test-slow: check $(READY) ## The tests that take longer, and more variants of the quick ones
 	$(BIN)/python -m pytest -m slow
 
 .PHONY: lint

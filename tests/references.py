@@ -57,20 +57,47 @@ class Network:
             self.values["bias", depth] = b.astype(np.float64)
         self.depth = len(weights)
 
-    def hidden(self, x: np.ndarray) -> list[np.ndarray]:
-        """The activations of each hidden layer for one sample, then the output."""
+    def hidden(self, x: np.ndarray, silent: tuple[int, int] | None = None) -> list[np.ndarray]:
+        """The activations of each hidden layer for one sample, then the output; those of the ``silent`` (layer, unit)
+        are zero."""
         found = []
         for depth in range(self.depth):
             x = self.values["weight", depth] @ x + self.values["bias", depth]
             if depth < self.depth - 1:
                 x = np.maximum(x, 0)
+            if silent is not None and silent[0] == depth:
+                x[silent[1]] = 0
             found.append(x)
         return found
 
-    def loss(self, inputs: np.ndarray, targets: np.ndarray) -> float:
+    def loss(self, inputs: np.ndarray, targets: np.ndarray, silent: tuple[int, int] | None = None) -> float:
         """The loss on some samples."""
-        errors = [((self.hidden(x)[-1] - y) ** 2).sum() for x, y in zip(inputs, targets, strict=True)]
+        errors = [((self.hidden(x, silent)[-1] - y) ** 2).sum() for x, y in zip(inputs, targets, strict=True)]
         return float(sum(errors)) / len(inputs)
+
+    def curvature(self, inputs: np.ndarray) -> tuple[dict[Place, np.ndarray], list[np.ndarray]]:
+        """HesScale's diagonal of the loss's Hessian: by every parameter; and, for each hidden layer, by a factor on the
+        output of every unit.
+
+        Exact for the outputs and their weights; below, the second derivatives by two different units are left out.
+        """
+        by_weight = {place: np.zeros_like(w) for place, w in self.values.items()}
+        by_factor = [np.zeros(len(self.values["bias", depth])) for depth in range(self.depth - 1)]
+        for x in inputs:
+            layers = self.hidden(x)
+            h = np.full(len(layers[-1]), 2 / len(inputs))
+            for depth in reversed(range(self.depth)):
+                below = x if depth == 0 else layers[depth - 1]
+                for out in range(len(h)):
+                    by_weight["bias", depth][out] += h[out]
+                    for i, a in enumerate(below):
+                        by_weight["weight", depth][out, i] += h[out] * a**2
+                if depth > 0:
+                    by_activation = (self.values["weight", depth] ** 2).T @ h
+                    for j, a in enumerate(below):
+                        by_factor[depth - 1][j] += by_activation[j] * a**2
+                    h = by_activation * (below > 0)  # a ReLU has no curvature of its own
+        return by_weight, by_factor
 
     def learn(self, inputs: np.ndarray, targets: np.ndarray) -> Learned:
         """Loss, gradients and activations."""
@@ -121,8 +148,12 @@ class Given:
     """The gradient of the loss (and of coupled penalties), from before the step."""
     signals: Sequence[np.ndarray] = ()
     """The gradient of the loss by each hidden layer's activations, [samples, units]."""
-    loss: Callable[[], float] = lambda: math.nan
-    """The loss on this step's samples with the network's values as they are."""
+    hidden: Sequence[np.ndarray] = ()
+    """Those activations."""
+    loss: Callable[..., float] = lambda silent=None: math.nan
+    """The loss on this step's samples with the network's values as they are, but for a ``silent`` (layer, unit)."""
+    curvature: Callable[[], tuple[dict[Place, np.ndarray], list[np.ndarray]]] = lambda: ({}, [])
+    """:meth:`Network.curvature` on this step's samples with the network's values as they are."""
 
     def _noise(self) -> Noise:
         key = torch.tensor(seed_key(self.seed, "method"), dtype=torch.int32)
@@ -188,47 +219,236 @@ class Adam:
                     w[at] *= 1 - s.lr * s.weight_decay
                 else:
                     g += s.weight_decay * w[at]
-                self.time[place][at] += 1
-                self.mean[place][at] += (1 - s.beta1) * (g - self.mean[place][at])
-                self.square[place][at] += (1 - s.beta2) * (g**2 - self.square[place][at])
-                mean = self.mean[place][at] / (1 - s.beta1 ** self.time[place][at])
-                square = self.square[place][at] / (1 - s.beta2 ** self.time[place][at])
-                w[at] -= s.lr * mean / (math.sqrt(square) + s.eps)
+                w[at] -= s.lr * self.direction(place, at, g)
+
+    def direction(self, place: Place, at: tuple[int, ...], g: float) -> float:
+        """One more gradient of a weight; the corrected mean by the root of the corrected mean square."""
+        s = self.s
+        self.time[place][at] += 1
+        self.mean[place][at] += (1 - s.beta1) * (g - self.mean[place][at])
+        self.square[place][at] += (1 - s.beta2) * (g**2 - self.square[place][at])
+        mean = self.mean[place][at] / (1 - s.beta1 ** self.time[place][at])
+        square = self.square[place][at] / (1 - s.beta2 ** self.time[place][at])
+        return mean / (math.sqrt(square) + s.eps)
 
     def forget(self, place: Place, where: Any) -> None:
         for table in (self.mean, self.square, self.time):
             table[place][where] = 0
 
 
-class UPGD:
-    """Elsayed and Mahmood's Algorithm 1 with decoupled decay: one maximum, of the corrected utilities, over layers."""
+class PGD:
+    """w <- (1 - alpha lambda) w - alpha (g + s xi)."""
 
     def __init__(self, settings: Any, network: Network) -> None:
         self.s = settings
-        self.utility = {place: np.zeros_like(w) for place, w in network.values.items()}
-        self.time = {place: np.zeros_like(w) for place, w in network.values.items()}
 
     def step(self, network: Network, grads: Mapping[Place, np.ndarray], given: Given) -> None:
         s = self.s
+        for place, w in network.values.items():
+            perturbed = grads[place] + s.noise_std * given.normal(place, w.shape)
+            network.values[place] = (1 - s.lr * s.weight_decay) * w - s.lr * perturbed
+
+    def forget(self, place: Place, where: Any) -> None:
+        """There is nothing to forget."""
+
+
+class UPGD:
+    """Elsayed and Mahmood's Algorithm 1 with decoupled decay: one maximum, of the corrected utilities, over layers.
+
+    Tables of utility have a place's key, [out, in] or [out]; feature-wise the number of a hidden layer, [units].
+    """
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+        last = network.depth - 1
+        if settings.granularity == "feature":
+            shapes: dict[Any, tuple[int, ...]] = {layer: network.values["bias", layer].shape for layer in range(last)}
+        else:
+            own = [place for place in network.values if settings.gated == "all" or place[1] == last]
+            shapes = {place: network.values[place].shape for place in own}
+        self.utility = {key: np.zeros(shape) for key, shape in shapes.items()}
+        self.time = {key: np.zeros(shape) for key, shape in shapes.items()}
+
+    def instant(self, network: Network, grads: Mapping[Place, np.ndarray], given: Given) -> dict[Any, np.ndarray]:
+        """The loss without a weight, or a unit's output, minus the loss."""
+        found = {key: np.zeros_like(table) for key, table in self.utility.items()}
+        by_weight, by_factor = given.curvature() if self.s.order == 2 else ({}, [])
+        loss = given.loss() if self.s.order == "exact" else math.nan
+        for key, table in found.items():
+            for at in np.ndindex(table.shape):
+                if self.s.granularity == "feature":
+                    unit = at[0]
+                    slope = sum(
+                        a * g for a, g in zip(given.hidden[key][:, unit], given.signals[key][:, unit], strict=True)
+                    )
+                    if self.s.order == 1:
+                        table[at] = -slope
+                    elif self.s.order == 2:
+                        table[at] = -slope + by_factor[key][unit] / 2
+                    else:
+                        table[at] = given.loss((key, unit)) - loss
+                else:
+                    w = network.values[key][at]
+                    if self.s.order == 1:
+                        table[at] = -grads[key][at] * w
+                    elif self.s.order == 2:
+                        table[at] = -grads[key][at] * w + by_weight[key][at] * w**2 / 2
+                    else:
+                        network.values[key][at] = 0
+                        table[at] = given.loss() - loss
+                        network.values[key][at] = w
+        return found
+
+    def gates(self, network: Network, grads: Mapping[Place, np.ndarray], given: Given) -> dict[Any, np.ndarray]:
+        """1 - the scaled utility: how freely each weight, or unit, learns."""
         corrected = {}
-        for place, w in network.values.items():
-            self.time[place] += 1
-            self.utility[place] = s.utility_decay * self.utility[place] - (1 - s.utility_decay) * grads[place] * w
-            corrected[place] = self.utility[place] / (1 - s.utility_decay ** self.time[place])
+        for key, instant in self.instant(network, grads, given).items():
+            self.time[key] += 1
+            self.utility[key] = self.s.utility_decay * self.utility[key] + (1 - self.s.utility_decay) * instant
+            corrected[key] = self.utility[key] / (1 - self.s.utility_decay ** self.time[key])
         highest = max(float(u.max()) for u in corrected.values())
+        free = {key: np.zeros_like(u) for key, u in corrected.items()}
+        for key, u in corrected.items():
+            for at in np.ndindex(u.shape):
+                # of a weight by the others of its row, of a bias or a unit by the others of its layer
+                scale = math.sqrt(sum(v**2 for v in u[at[:-1]])) if self.s.scope == "local" else highest
+                if scale > 0:
+                    free[key][at] = 1 / (1 + math.exp(u[at] / scale))
+                else:  # nothing is useful: the worst learn freely
+                    free[key][at] = 0.5 if u[at] == 0 else 1.0
+        return free
+
+    def slope(self, place: Place, at: tuple[int, ...], grad: float) -> float:
+        """What stands for the gradient of a weight."""
+        return grad
+
+    def step(self, network: Network, grads: Mapping[Place, np.ndarray], given: Given) -> None:
+        s = self.s
+        gates = self.gates(network, grads, given)
         for place, w in network.values.items():
+            depth = place[1]
             xi = given.normal(place, w.shape)
             for at in np.ndindex(w.shape):
-                if highest > 0:
-                    gate = 1 / (1 + math.exp(-corrected[place][at] / highest))
-                else:  # nothing is useful: the worst learn freely
-                    gate = 0.5 if corrected[place][at] == 0 else 0.0
-                update = (grads[place][at] + s.noise_std * xi[at]) * (1 - gate)
+                slope = self.slope(place, at, grads[place][at])
+                if s.granularity == "feature" and depth == network.depth - 1:
+                    update = slope  # what makes no unit
+                else:
+                    if s.granularity == "feature":
+                        free = gates[depth][at[0]]
+                    else:
+                        free = gates[place][at] if place in gates else 0.5
+                    noise = s.noise_std * xi[at] * free
+                    update = slope * free + noise if s.protect else slope + noise
+                    update *= 2 if s.doubled else 1
                 w[at] = (1 - s.lr * s.weight_decay) * w[at] - s.lr * update
 
     def forget(self, place: Place, where: Any) -> None:
-        self.utility[place][where] = 0
-        self.time[place][where] = 0
+        for table in (self.utility, self.time):
+            if place in table:
+                table[place][where] = 0
+
+    def forget_unit(self, layer: int, unit: Any) -> None:
+        for table in (self.utility, self.time):
+            if layer in table:
+                table[layer][unit] = 0
+
+
+class AdaUPGD(UPGD):
+    """UPGD with Adam's m / (sqrt(v) + eps) in the gradient's place."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        super().__init__(settings, network)
+        self.moments = Adam(settings, network)
+
+    def slope(self, place: Place, at: tuple[int, ...], grad: float) -> float:
+        return self.moments.direction(place, at, grad)
+
+    def forget(self, place: Place, where: Any) -> None:
+        super().forget(place, where)
+        self.moments.forget(place, where)
+
+
+class Anchored:
+    """w <- w - alpha (g + kappa I (w - a)), with a the corrected moving average of w, this step's included."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+        self.anchor = {place: np.zeros_like(w) for place, w in network.values.items()}
+        self.time = {place: np.zeros_like(w) for place, w in network.values.items()}
+        self.first = {place: np.zeros_like(w) for place, w in network.values.items()}
+        self.second = {place: np.zeros_like(w) for place, w in network.values.items()}
+
+    def importance(self, place: Place, at: tuple[int, ...], grad: float) -> float:
+        """How important a weight is in this step, its ``time``-th."""
+        raise NotImplementedError
+
+    def went(self, place: Place, at: tuple[int, ...], grad: float, by: float) -> None:
+        """The weight has moved."""
+
+    def average(self, table: dict[Place, np.ndarray], place: Place, at: tuple[int, ...], new: float) -> None:
+        """One more for a moving average of the importance."""
+        table[place][at] = self.s.importance_decay * table[place][at] + (1 - self.s.importance_decay) * new
+
+    def step(self, network: Network, grads: Mapping[Place, np.ndarray], given: Given) -> None:
+        s = self.s
+        for place, w in network.values.items():
+            for at in np.ndindex(w.shape):
+                g, old = grads[place][at], w[at]
+                self.time[place][at] += 1
+                self.anchor[place][at] = s.anchor_decay * self.anchor[place][at] + (1 - s.anchor_decay) * old
+                anchor = self.anchor[place][at] / (1 - s.anchor_decay ** self.time[place][at])
+                w[at] -= s.lr * (g + s.strength * self.importance(place, at, g) * (old - anchor))
+                self.went(place, at, g, w[at] - old)
+
+    def forget(self, place: Place, where: Any) -> None:
+        for table in (self.anchor, self.time, self.first, self.second):
+            table[place][where] = 0
+
+
+class EWC(Anchored):
+    """The average squared gradient."""
+
+    def importance(self, place: Place, at: tuple[int, ...], grad: float) -> float:
+        self.average(self.first, place, at, grad**2)
+        return self.first[place][at] / (1 - self.s.importance_decay ** self.time[place][at])
+
+
+class MAS(Anchored):
+    """The average size of the gradient."""
+
+    def importance(self, place: Place, at: tuple[int, ...], grad: float) -> float:
+        self.average(self.first, place, at, abs(grad))
+        return self.first[place][at] / (1 - self.s.importance_decay ** self.time[place][at])
+
+
+class SynapticIntelligence(Anchored):
+    """The average of -g dw over the squared average of dw, of all steps before this one."""
+
+    def importance(self, place: Place, at: tuple[int, ...], grad: float) -> float:
+        before = self.time[place][at] - 1
+        if before == 0:
+            return 0.0
+        full = 1 - self.s.importance_decay**before
+        return (self.first[place][at] / full) / ((self.second[place][at] / full) ** 2 + self.s.eps)
+
+    def went(self, place: Place, at: tuple[int, ...], grad: float, by: float) -> None:
+        self.average(self.first, place, at, -grad * by)
+        self.average(self.second, place, at, by)
+
+
+class RWalk(Anchored):
+    """The average squared gradient, and a score that halves: what a movement gained by the distance that it was."""
+
+    def fisher(self, place: Place, at: tuple[int, ...]) -> float:
+        return self.first[place][at] / (1 - self.s.importance_decay ** self.time[place][at])
+
+    def importance(self, place: Place, at: tuple[int, ...], grad: float) -> float:
+        self.average(self.first, place, at, grad**2)
+        return self.fisher(place, at) + self.second[place][at]
+
+    def went(self, place: Place, at: tuple[int, ...], grad: float, by: float) -> None:
+        gained = -grad * by / (self.fisher(place, at) * by**2 / 2 + self.s.eps)
+        self.second[place][at] = self.second[place][at] / 2 + max(0.0, gained) / 2
 
 
 # --- interventions --------------------------------------------------------------------------------------------------
@@ -698,18 +918,31 @@ class Reference:
     """A method's second statement, and the settings under which the two are compared."""
 
     statement: Callable[[Any, Network], Any]
-    """Made of (settings, network); a rule has ``step(network, grads, given)`` and ``forget(place, where)``, an
-    intervention ``step(network, hidden, given) -> [(layer, unit) replaced]``; if it has events also
-    ``event(network, given) -> [(layer, unit) or place made anew]``; a regulariser has ``slope(network)``."""
+    """Made of (settings, network). A rule has ``step(network, grads, given)``, ``forget(place, where)`` and, if it
+    keeps anything by unit, ``forget_unit(layer, unit)``; an intervention has ``step(network, hidden, given) ->
+    [(layer, unit) replaced]`` and, if it has events, ``event(network, given) -> [(layer, unit) or place made anew]``;
+    a regulariser has ``slope(network)``."""
     rows: Mapping[str, Mapping[str, Any]]
     """Label -> hyper-parameters. For an intervention ``rule`` may name the rule it follows; else plain SGD."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """More rows, there for their numbers: they are compared over 20 steps of three samples, and what else holds of
+    every row is tested of them by ``make test-slow``."""
+    like: str | None = None
+    """A rule whose compiled step resembles this one's: this one's is compiled by ``make test-slow`` alone."""
+    compiled: Sequence[str] = ()
+    """Labels of the variants that are compiled there too."""
 
 
 _OFTEN = {"replacement_rate": 0.05, "maturity_threshold": 5, "utility_decay": 0.9}
 _EARLIER = {"utility": "adaptable_contribution", "bias_correction": True, "bias_transfer": True}
 
 _AT_ONCE = {"shrink": 0.6, "noise_std": 0.1, "when": "task"}
-_UPGD = ("upgd", {"lr": 0.02, "utility_decay": 0.95, "noise_std": 0.1})
+_GATED = {"lr": 0.02, "utility_decay": 0.95, "noise_std": 0.1}
+_UPGD = ("upgd", _GATED)
+_FEATURE = _GATED | {"granularity": "feature"}
+_MOMENTS = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-2, "utility_decay": 0.95, "noise_std": 0.1}
+_ANCHORED = {"lr": 0.02, "strength": 2.0, "importance_decay": 0.9, "anchor_decay": 0.95}
+_TRAVELLED = _ANCHORED | {"strength": 0.1, "eps": 1e-2}
 _MOMENTUM = ("sgd", {"lr": 0.005, "momentum": 0.9})
 _AVERAGED = {"threshold": 0.6, "every": 10, "score_decay": 0.9}
 
@@ -734,11 +967,57 @@ REFERENCES: dict[str, Reference] = {
     "upgd": Reference(
         UPGD,
         {
-            "protecting": {"lr": 0.02, "utility_decay": 0.95, "noise_std": 0.1},
+            "protecting": _GATED,
             "weight decay": {"lr": 0.02, "utility_decay": 0.999, "noise_std": 0.01, "weight_decay": 0.3},
-            "no memory": {"lr": 0.02, "utility_decay": 0.0, "noise_std": 0.1},
+            "feature": _FEATURE,
         },
+        {
+            "no memory": _GATED | {"utility_decay": 0.0},
+            "not protecting": _GATED | {"protect": False},
+            "local": _GATED | {"scope": "local"},
+            "second order": _GATED | {"order": 2},
+            "second order, local, doubled": _GATED | {"order": 2, "scope": "local", "doubled": True},
+            "exact": _GATED | {"order": "exact"},
+            "gated output": _GATED | {"gated": "output"},
+            "gated output, local, doubled": _GATED | {"gated": "output", "scope": "local", "doubled": True},
+            "doubled, weight decay": _GATED | {"doubled": True, "weight_decay": 0.3},
+            "feature, local, weight decay": _FEATURE | {"scope": "local", "weight_decay": 0.3},
+            "feature, not protecting": _FEATURE | {"protect": False},
+            "feature, second order, doubled": _FEATURE | {"order": 2, "doubled": True},
+            "feature, exact": _FEATURE | {"order": "exact"},
+        },
+        compiled=(
+            "second order, local, doubled",
+            "exact",
+            "gated output",
+            "feature, local, weight decay",
+            "feature, second order, doubled",
+            "feature, exact",
+        ),
     ),
+    "ada_upgd": Reference(
+        AdaUPGD,
+        {"plain": _MOMENTS},
+        {
+            "not doubled, weight decay": _MOMENTS | {"doubled": False, "weight_decay": 0.3},
+            "feature": _MOMENTS | {"granularity": "feature"},
+            "feature, not doubled": _MOMENTS | {"granularity": "feature", "doubled": False},
+            "not protecting": _MOMENTS | {"protect": False},
+            "second order, local": _MOMENTS | {"order": 2, "scope": "local"},
+        },
+        like="upgd",
+        compiled=("feature",),
+    ),
+    "pgd": Reference(PGD, {"shrinking": {"lr": 0.02, "noise_std": 0.1, "weight_decay": 0.3}}, like="upgd"),
+    "ewc": Reference(EWC, {"plain": _ANCHORED | {"strength": 0.2}}, like="rwalk"),
+    "mas": Reference(MAS, {"plain": _ANCHORED}, like="rwalk"),
+    # these two strong enough that some weights go up their gradient: a negative importance, and a score's maximum of 0
+    "synaptic_intelligence": Reference(
+        SynapticIntelligence,
+        {"plain": _TRAVELLED | {"strength": 0.5, "importance_decay": 0.3, "eps": 1e-3}},
+        like="rwalk",
+    ),
+    "rwalk": Reference(RWalk, {"plain": _TRAVELLED | {"strength": 0.5}}),
     "l2_init": Reference(
         L2Init,
         {
@@ -802,6 +1081,11 @@ REFERENCES: dict[str, Reference] = {
             "the head": {"every": 10, "rule": _MOMENTUM},
             "two layers": {"last": 2, "every": 10, "rule": ("adam", {"lr": 0.01})},
             "everything, at a task": {"last": None, "rule": _MOMENTUM},
+            "everything, after feature upgd": {
+                "last": None,
+                "every": 10,
+                "rule": ("upgd", {"lr": 0.02, "utility_decay": 0.9, "granularity": "feature"}),
+            },
         },
     ),
     "hare_and_tortoise": Reference(
@@ -893,6 +1177,16 @@ REFERENCES: dict[str, Reference] = {
             "split": _OFTEN | {"reinitialise": "split"},
             "after upgd": _OFTEN | {"rule": _UPGD},
         },
+        {
+            "after feature upgd": _OFTEN | {"rule": ("upgd", _FEATURE)},
+            "after feature upgd, second order": _OFTEN | {"rule": ("upgd", _FEATURE | {"order": 2, "scope": "local"})},
+            "after ada_upgd": _OFTEN | {"rule": ("ada_upgd", _MOMENTS)},
+            "after feature ada_upgd": _OFTEN | {"rule": ("ada_upgd", _MOMENTS | {"granularity": "feature"})},
+            "after ewc": _OFTEN | {"rule": ("ewc", _ANCHORED | {"strength": 0.2})},
+            "after mas": _OFTEN | {"rule": ("mas", _ANCHORED)},
+            "after synaptic intelligence": _OFTEN | {"rule": ("synaptic_intelligence", _TRAVELLED)},
+            "after rwalk": _OFTEN | {"rule": ("rwalk", _TRAVELLED)},
+        },
     ),
 }
 
@@ -904,6 +1198,7 @@ class Case:
     method: type[Method]
     label: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    variant: bool = False
 
     def __str__(self) -> str:
         return f"{self.method.name}: {self.label}"
@@ -927,12 +1222,18 @@ class Case:
         return max(usual, first + 5 if first else 0)
 
 
-def cases() -> list[Case]:
-    """Every row of every registered method; a method without rows is tested with its defaults."""
+def cases(variants: bool = False) -> list[Case]:
+    """Every row of every registered method, and the variants if told; a method without rows is tested with its
+    defaults."""
     found = []
     for method in REGISTRY:
-        rows = REFERENCES[method.name].rows if method.name in REFERENCES else {"defaults": {}}
-        found += [Case(method, label, settings) for label, settings in rows.items()]
+        if method.name not in REFERENCES:
+            found.append(Case(method, "defaults"))
+            continue
+        reference = REFERENCES[method.name]
+        found += [Case(method, label, settings) for label, settings in reference.rows.items()]
+        if variants:
+            found += [Case(method, label, settings, variant=True) for label, settings in reference.variants.items()]
     return found
 
 
@@ -1027,7 +1328,16 @@ class Replay:
             if getattr(method, "coupled", False):
                 for place, slope in intervention.slope(self.network).items():
                     learned.grads[place] = learned.grads[place] + method.rate * slope
-        given = Given(self.seed, self.time, self.scope, learned.grads, learned.signals, lambda: self.network.loss(x, y))
+        given = Given(
+            self.seed,
+            self.time,
+            self.scope,
+            learned.grads,
+            learned.signals,
+            learned.hidden,
+            lambda silent=None: self.network.loss(x, y, silent),
+            lambda: self.network.curvature(x),
+        )
         self.rule.step(self.network, learned.grads, given)
         replaced: list[tuple[int, int]] = []
         for method, intervention in zip(self.methods, self.interventions, strict=True):
@@ -1045,9 +1355,13 @@ class Replay:
         for place, where in made:
             if isinstance(place, str):
                 self.rule.forget((place, where), ...)
+                if place == "weight" and hasattr(self.rule, "forget_unit"):
+                    self.rule.forget_unit(where, ...)  # a layer made anew is made of new units
             else:
                 for one, at in self.network.of_unit(place, where):
                     self.rule.forget(one, at)
+                if hasattr(self.rule, "forget_unit"):
+                    self.rule.forget_unit(place, where)
         return [one for one in made if not isinstance(one[0], str)]
 
 

@@ -6,10 +6,13 @@ import copy
 import io
 import math
 import pickle
+import random
+import runpy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from references import SIZES, Case, Table, cases, lane, populate
@@ -19,13 +22,20 @@ import perennial
 from perennial import MLP, ContinualBackprop
 from perennial.attach import Keeper, attach
 from perennial.attach.keeper import KEY
-from perennial.methods import Intervention, ReDo, Regulariser, SelfNormalizedResets
+from perennial.attach.shown import grouped
+from perennial.methods import HareAndTortoise, Intervention, ReDo, ReGraMa, Regulariser, SelfNormalizedResets
 from perennial.methods.replace import ReplacesUnits
 from perennial.units import UnitMap, trace
 
-CASES = [case for case in cases() if issubclass(case.method, Intervention)]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_method = pytest.mark.parametrize("case", list({c.method: c for c in CASES}.values()), ids=lambda c: c.method.name)
+AT_A_TASK = [
+    Case(ReDo, "at a task", {"threshold": 0.9, "every": None, "rule": ("adam", {"lr": 0.01})}),
+    Case(ReGraMa, "at a task", {"threshold": 0.9, "every": None}),
+    Case(HareAndTortoise, "at a task", {"decay": 0.9, "every": None}),
+]
+CASES = [*(case for case in cases() if issubclass(case.method, Intervention)), *AT_A_TASK]
+METHODS = list({c.method: c for c in CASES}.values())
+"""A case of every method."""
+every_method = pytest.mark.parametrize("case", METHODS, ids=lambda c: c.method.name)
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
@@ -39,6 +49,18 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamax": lambda p: torch.optim.Adamax(p, lr=0.001),
 }
 every_optimizer = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def crossed(cases: list[Case], optimizers: list[str], with_all: list[Case], always: list[str]) -> Any:
+    """Every case with every optimizer; slow but for some cases with all of the optimizers and all cases with some."""
+    rows = [
+        pytest.param(
+            case, name, id=f"{case}-{name}", marks=() if case in with_all or name in always else pytest.mark.slow
+        )
+        for case in cases
+        for name in optimizers
+    ]
+    return pytest.mark.parametrize(("case", "optimizer_name"), rows)
 
 
 def conv_net(seed: int = 0) -> nn.Module:
@@ -148,11 +170,10 @@ def test_attached_equals_the_population(case: Case) -> None:
 # --- does nothing at rate 0, and nothing once removed ---------------------------------------------------------------
 
 
-@every_optimizer
-@every_method
-def test_off_is_bit_identical_to_not_attached(case: Case, make_optimizer: Any) -> None:
+@crossed(METHODS, list(OPTIMIZERS), [c for c in METHODS if c.method is ContinualBackprop], ["momentum", "adam"])
+def test_off_is_bit_identical_to_not_attached(case: Case, optimizer_name: str) -> None:
     ours, bare = conv_net(), conv_net()
-    mine, theirs = make_optimizer(ours.parameters()), make_optimizer(bare.parameters())
+    mine, theirs = (OPTIMIZERS[optimizer_name](m.parameters()) for m in (ours, bare))
     keeper = keep(case, ours, mine, **case.method.OFF)
     rng = torch.get_rng_state()
     train(ours, mine, range(25), keeper)
@@ -192,8 +213,7 @@ def _hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
 # --- resumes bit for bit --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer_name", ["momentum", "adam", "adamw amsgrad"])
-@every_case
+@crossed(CASES, ["momentum", "adam", "adamw amsgrad"], METHODS, ["adam"])
 def test_resumes_bit_for_bit_in_the_middle_of_maturity(case: Case, optimizer_name: str) -> None:
     make = OPTIMIZERS[optimizer_name]
     whole = conv_net()
@@ -502,7 +522,7 @@ def test_says_what_is_kept_and_what_is_not() -> None:
     model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     optimizer = OPTIMIZERS["adam"](model.parameters())
     keeper = attach(ContinualBackprop(1e-3), model, optimizer, example=torch.randn(2, 5, 16))
-    text = repr(keeper)
+    text = " ".join(repr(keeper).split())
     assert [layer.name for layer in keeper.units] == ["linear1"]
     for part in ("linear1", "32 units", "self_attn[0:32]", "queries and keys", "self_attn[32:48]", "no hook sees"):
         assert part in text, text
@@ -521,6 +541,38 @@ def test_looking_at_the_activations_changes_no_decision(method: Any) -> None:
     assert equal(*models)
     assert keepers[0].replaced() == keepers[1].replaced()
     assert sum(keepers[0].replaced().values()) > 5
+
+
+@pytest.mark.parametrize("case", AT_A_TASK, ids=str)
+def test_events_at_a_task_happen_then_and_only_then(case: Case) -> None:
+    model = conv_net()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    keeper = keep(case, model, optimizer)
+
+    def moved(change: Callable[[], None]) -> bool:
+        before = copy.deepcopy(model)
+        change()
+        return not equal(before, model)
+
+    def train_bare() -> None:
+        bare = copy.deepcopy(model)
+        theirs = OPTIMIZERS["adam"](bare.parameters())
+        theirs.load_state_dict({k: v for k, v in optimizer.state_dict().items() if k != KEY})
+        train(model, optimizer, range(6))
+        train(bare, theirs, range(6))
+        assert equal(bare, model)
+
+    assert not moved(keeper.new_task), "nothing was seen yet"
+    assert moved(train_bare)
+    assert moved(keeper.new_task)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert (sum(keeper.replaced().values()) > 0) == issubclass(case.method, ReDo)
+    assert not moved(keeper.new_task), "nothing new was seen"
+    made = case.made(every=5)[1][0]
+    assert not made.due(4, True)
+    assert made.due(5, False)
+    with pytest.raises(TypeError, match="every is 'task'"):
+        case.made(every="task")
 
 
 def test_dead_units_are_kept_since_nothing_speaks_against_them() -> None:
@@ -586,6 +638,137 @@ def test_bad_input_is_refused_in_words(call: Any, error: type[Exception], word: 
         call(model, OPTIMIZERS["adam"](model.parameters()))
 
 
+@pytest.mark.parametrize(("call", "error", "word"), [
+    (lambda m, o, x: attach(ContinualBackprop, m, o, example=x), TypeError, r"pass an instance: ContinualBackprop\(\)"),
+    (lambda m, o, x: attach("redo", m, o, example=x), TypeError, "pass an instance"),
+    (lambda m, o, x: attach([ReDo(), ReDo()], m, o, example=x), TypeError, "one call each"),
+    (lambda m, o, x: attach(m, o, ReDo(), example=x), TypeError, r"the order is attach\(method, model, optimizer\)"),
+    (lambda m, o, x: attach(ReDo(), m, torch.optim.lr_scheduler.StepLR(o, 9)), TypeError, "scheduler: pass the opt"),
+    (lambda m, o, x: attach(ReDo(), m, o, example=x, factory=conv_net()), TypeError, "factory= is a Sequential"),
+    (lambda m, o, x: attach(ReDo(), m, o, example=x, factory=lambda: None), TypeError, "returned a NoneType"),
+    (
+        lambda m, o, x: attach(ReDo(), m, o, example=x, factory=lambda: conv_net()[:7]),
+        ValueError, r"it has no 7.weight; it has no 7.bias; it has no 8.weight; and 3 more",
+    ),
+    (
+        lambda m, o, x: attach(ReDo(), m, o, factory=lambda: nn.Sequential(*m[:10], nn.Linear(10, 5)), example=x),
+        ValueError, r"its 10.weight is \[5, 10\], the model's \[4, 10\]",
+    ),
+], ids=["class", "name", "list", "order", "scheduler", "model", "nothing", "fewer", "shape"])  # fmt: skip
+def test_mistakes_are_answered_with_what_to_pass(call: Any, error: type[Exception], word: str) -> None:
+    model = conv_net()
+    with pytest.raises(error, match=word):
+        call(model, OPTIMIZERS["adam"](model.parameters()), images(0)[0])
+
+
+def test_an_example_that_does_not_fit_is_named() -> None:
+    model = conv_net()
+    with pytest.raises(RuntimeError) as caught:
+        attach(ReDo(), model, OPTIMIZERS["adam"](model.parameters()), example=torch.randn(2, 4, 8, 8))
+    assert "running the model once on example=float32 tensor [2, 4, 8, 8] on cpu" in caught.value.__notes__[0]
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(RuntimeError) as caught:
+        attach(ReDo(), words, OPTIMIZERS["adam"](words.parameters()), example={"input": torch.randn(2, 5)})
+    assert "{input: float32 tensor [2, 5] on cpu}" in caught.value.__notes__[0]
+    assert "embedding, which reads whole numbers" in caught.value.__notes__[1]
+
+
+def test_the_same_method_twice_is_refused() -> None:
+    """As where a cell of a notebook is run again."""
+    model, x = conv_net(), images(0)[0]
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    keeper = attach(ReDo(), model, optimizer, example=x, layers="7", check=False)
+    with pytest.raises(ValueError, match="attached to this optimizer already"):
+        attach(ReDo(), model, optimizer, example=x, check=False, seed=1)
+    others = [
+        attach(ReDo(), model, optimizer, example=x, layers="[03]", check=False),
+        attach(ReDo(threshold=0.5), model, optimizer, example=x, check=False),
+        attach(perennial.L2Init(), model, optimizer),
+    ]
+    with pytest.raises(ValueError, match="attached to this optimizer already"):
+        attach(perennial.L2Init(), model, optimizer)
+    for one in (keeper, *others):
+        one.remove()
+    attach(ReDo(), model, optimizer, example=x, check=False)
+
+
+def test_a_penalty_that_nobody_asks_for_is_warned_of() -> None:
+    model = conv_net()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    attach(perennial.L2Init(coupled=True), model, optimizer)
+    train(model, optimizer, range(9))
+    with pytest.warns(UserWarning, match=r"keeper.penalty\(\) was not called in ten steps"):
+        train(model, optimizer, range(9, 10))
+    train(model, optimizer, range(10, 25))  # once is enough
+
+
+def test_random_numbers_of_every_global_generator_are_drawn_again_and_put_back() -> None:
+    class Noisy(nn.Module):
+        def __init__(self, draw: Callable[[], float]) -> None:
+            super().__init__()
+            self.draw, self.layers = draw, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x) * (1 + self.draw())
+
+    x, own = torch.rand(4, 6), torch.Generator()
+    for draw in (random.random, numpy.random.rand, lambda: float(torch.rand(()))):
+        model = Noisy(draw)
+        before = random.getstate(), numpy.random.get_state()[1:3], torch.get_rng_state()
+        keeper = attach(ReDo(), model, OPTIMIZERS["adam"](model.parameters()), example=x)
+        assert [layer.name for layer in keeper.units] == ["layers.0"]
+        after = random.getstate(), numpy.random.get_state()[1:3], torch.get_rng_state()
+        assert before[0] == after[0]
+        assert (before[1][0] == after[1][0]).all()
+        assert before[1][1] == after[1][1]
+        assert torch.equal(before[2], after[2])
+    model = Noisy(lambda: float(torch.rand((), generator=own)))
+    with pytest.raises(ValueError, match=r"random in a way that cannot be repeated; attach with model.eval\(\)"):
+        attach(ReDo(), model, OPTIMIZERS["adam"](model.parameters()), example=x)
+
+
+def test_shows_what_waits_and_what_is_gone() -> None:
+    model = conv_net()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    keeper = attach(ReDo(every=None), model, optimizer, example=images(0)[0], check=False)
+    assert "tell it by keeper.new_task(), which was not called yet" in repr(keeper)
+    keeper.new_task()
+    assert "keeper.new_task(), called 1 times so far" in repr(keeper)
+    assert "new_task" not in repr(attach(ReDo(), model, optimizer, example=images(0)[0], check=False))
+    assert "removed" not in repr(keeper)
+    keeper.remove()
+    assert "removed: it does nothing any more" in repr(keeper)
+
+
+def test_names_are_shown_in_groups_and_lines_are_short() -> None:
+    names = [f"h.{layer}.attention.{part}" for layer in range(12) for part in "qk"]
+    assert grouped([*names, "head", "0", "1"]) == ["h.*.attention.q (12)", "h.*.attention.k (12)", "head", "0", "1"]
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32), 3, enable_nested_tensor=False)
+    keeper = attach(ReDo(), model, OPTIMIZERS["adam"](model.parameters()), example=torch.randn(5, 2, 16))
+    text = repr(keeper)
+    assert "layers.*.linear2 (3)" in " ".join(text.split())
+    assert all(len(line) <= 100 for line in text.partition("leaves alone")[2].splitlines())
+
+
+@pytest.mark.parametrize("case", [c for c in METHODS if not issubclass(c.method, ReplacesUnits)], ids=str)
+def test_what_a_method_says_that_it_acts_on_is_what_changes(case: Case) -> None:
+    model = conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5)
+    keeper = keep(case, model, optimizer)
+    said = set(keeper.method.acts_on(keeper._params, keeper.units))
+    assert ("acts on all parameters" in repr(keeper)) == (len(said) == len(keeper._params))
+    written: set[str] = set()
+    write = keeper._write
+    keeper._write = lambda changed: (written.update(changed), write(changed))  # type: ignore[method-assign, assignment, func-returns-value]
+    train(model, optimizer, range(12), keeper)
+    if not (isinstance(keeper.method, Regulariser)):
+        assert written == said, (written, said)
+    else:
+        assert written in (set(), set(keeper._params))
+        assert said <= set(keeper._params)
+
+
 def test_methods_that_know_no_units_need_no_example() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -598,3 +781,32 @@ def test_methods_that_know_no_units_need_no_example() -> None:
             keeper = attach(method, model, optimizer)
             train(model, optimizer, range(11), keeper)
             assert keeper.steps == 11
+
+
+# --- from the shell -------------------------------------------------------------------------------------------------
+
+
+def words() -> nn.Module:
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def wide(width: int) -> nn.Module:
+    return nn.Linear(width, width)
+
+
+@pytest.mark.parametrize(("target", "example", "said"), [
+    ("words", "2,5", "float32 tensor [2, 5] on cpu"),
+    ("words", "2,5", "For an embedding give whole numbers, as in --example int:2,16"),
+    ("conv_net", "2,4,8,8", "cannot be run on --example 2,4,8,8"),
+    ("wide", "2,4", "cannot be called without arguments: it needs width"),
+])  # fmt: skip
+def test_the_shell_answers_mistakes_in_a_line(
+    target: str, example: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["perennial", "units", f"{__name__}:{target}", "--example", example])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("perennial", run_name="__main__")
+    assert caught.value.code == 1
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1

@@ -604,7 +604,7 @@ def agent(name: str) -> Any:
     import stable_baselines3
 
     settings: dict[str, dict[str, Any]] = {
-        "PPO": {"n_steps": 32, "batch_size": 16, "n_epochs": 2},
+        "PPO": {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "policy_kwargs": {"net_arch": [24, 20]}},
         "SAC": {"learning_starts": 20, "batch_size": 16, "policy_kwargs": {"net_arch": [16, 16]}},
         "DQN": {"learning_starts": 20, "batch_size": 16, "train_freq": 1, "target_update_interval": 10},
     }
@@ -628,7 +628,9 @@ def keep_ppo(agent: Any, method: Intervention) -> list[Keeper]:
     policy = agent.policy
 
     def factory() -> nn.Module:
-        return agent.policy_class(agent.observation_space, agent.action_space, agent.lr_schedule)
+        return agent.policy_class(
+            agent.observation_space, agent.action_space, agent.lr_schedule, use_sde=agent.use_sde, **agent.policy_kwargs
+        )
 
     return [perennial.attach(method, policy, policy.optimizer, example=observations(agent), factory=factory)]
 
@@ -899,9 +901,11 @@ def test_ddp_processes_stay_equal_with_every_method(tmp_path: Path) -> None:
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
+    """Nothing is compiled yet, and nothing attached that has told the compiler to look at hooks."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        yield
     torch._dynamo.reset()
 
 
@@ -1018,14 +1022,42 @@ def test_compiled_in_place() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_attaching_after_the_first_compiled_call_is_an_error() -> None:
-    model = network()
-    fast = torch.compile(model, backend="aot_eager")
-    optimizer = adam(model)
-    train(fast, optimizer, range(2))
-    perennial.attach(OFTEN, fast, optimizer, example=batch(0)[0])
-    with pytest.raises(RuntimeError, match="attach before the first compiled call"):
+@pytest.mark.parametrize("same", [True, False], ids=["the model itself", "another of its class"])
+def test_compiled_before_the_first_attach_is_an_error_until_reset(same: bool) -> None:
+    model, other = network(), network(seed=1)
+    fast, optimizer = torch.compile(model, backend="aot_eager"), adam(model)
+    if same:
+        train(fast, optimizer, range(2))
+    else:
+        train(torch.compile(other, backend="aot_eager"), adam(other), range(2))
+    keeper = perennial.attach(OFTEN, fast, optimizer, example=batch(0)[0])
+    with pytest.raises(RuntimeError, match=r"attach before the first compiled call, or call torch.compiler.reset\(\)"):
         train(fast, optimizer, range(2, 3))
+    torch.compiler.reset()
+    optimizer.zero_grad()
+    train(fast, optimizer, range(3, 20))
+    assert replaced(keeper) > 20
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_models_of_one_class_are_kept_apart() -> None:
+    """The compiled code of a kept model does not serve a bare one, whose passes would reach the keeper."""
+    models = [network(seed) for seed in range(3)]
+    optimizers = [adam(model) for model in models]
+    keeper = perennial.attach(OFTEN, models[0], optimizers[0], example=batch(0)[0])
+    fast = [torch.compile(model, backend="aot_eager") for model in models]
+    for step in range(20):
+        for one in fast:
+            F.cross_entropy(one(batch(step)[0]), batch(step)[1]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    late = perennial.attach(OFTEN, models[2], optimizers[2], example=batch(0)[0])  # it is noticed as well
+    train(fast[2], optimizers[2], range(20, 40))
+    assert replaced(late) > 20
+    expected, other = plain(OFTEN, 20)
+    assert_same(models[0], expected)
+    assert_same_state(keeper, other)
 
 
 # --- what is not carried ----------------------------------------------------------------------------------------------
@@ -1074,9 +1106,33 @@ def test_the_guide_names_tests_that_exist() -> None:
     assert not named - known
 
 
+def blocks_of_the_guide() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def is_program(block: str) -> bool:
+    return block.startswith(("import ", "from "))
+
+
+PROGRAMS = [block for block in blocks_of_the_guide() if is_program(block)]
+
+
+@lightning
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("block", PROGRAMS, ids=[f"program {number}" for number in range(len(PROGRAMS))])
+def test_the_guide_runs(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: Callable[..., Any]
+) -> None:
+    accelerator()
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    exec(compile(block, str(GUIDE), "exec"), {"__name__": "__main__"})
+
+
 def test_the_guide_shows_lines_of_this_file() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) > 5
+    blocks = [textwrap.dedent(block) for block in blocks_of_the_guide() if not is_program(block)]
+    assert blocks
 
     def bare_lines(text: str) -> str:
         return "\n".join(line.strip() for line in text.splitlines() if line.strip())

@@ -35,13 +35,23 @@ from references import (
     whole_fields,
 )
 
+import perennial
 from perennial import MLP, SGD, UPGD, Adam, Lane, Population, ShrinkAndPerturb
 from perennial.methods import REGISTRY, Context, Intervention, Method, Rule
 from perennial.noise import Noise, elements, seed_key
 from perennial.units import UnitMap
 
 CASES = cases()
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+EVERY_CASE = cases(variants=True)
+
+
+def _rows(kind: type[Method] = Method) -> list[Any]:
+    """Parameters of a test of every row, a slow one of the variants."""
+    marks = {True: pytest.mark.slow, False: ()}
+    return [pytest.param(c, id=str(c), marks=marks[c.variant]) for c in EVERY_CASE if issubclass(c.method, kind)]
+
+
+every_case = pytest.mark.parametrize("case", _rows())
 every_method = pytest.mark.parametrize("method", REGISTRY, ids=lambda m: m.name)
 
 
@@ -57,13 +67,21 @@ def test_has_a_reference(method: type[Method]) -> None:
     )
 
 
-@pytest.mark.parametrize(("batch", "usual"), [(1, 200), (3, 40)])
-@every_case
-def test_equals_the_reference_trajectory(case: Case, batch: int, usual: int) -> None:
+def _trajectories() -> list[Any]:
+    first = {m: next(c for c in CASES if c.method is m) for m in REGISTRY}
+    rows = []
+    for case in EVERY_CASE:
+        for batch, steps in ((1, 200), (3, 40)):
+            steps = case.until_events(steps if case == first[case.method] else steps // 2)
+            marks = pytest.mark.slow if case.variant and batch == 1 else ()
+            rows.append(pytest.param(case, batch, steps, id=f"{case}-{batch}-{steps}", marks=marks))
+    return rows
+
+
+@pytest.mark.parametrize(("case", "batch", "steps"), _trajectories())
+def test_equals_the_reference_trajectory(case: Case, batch: int, steps: int) -> None:
     if case.method.name not in REFERENCES:
         pytest.skip("test_has_a_reference says what is missing")
-    first = next(c for c in CASES if c.method is case.method)
-    steps = case.until_events(usual if case is first else usual // 2)
     stream = Table(batch=batch)
     ours = case.lane(seed=3)
     population = populate([ours], stream)
@@ -142,7 +160,7 @@ def test_resumes_bit_for_bit(case: Case) -> None:
 # --- does nothing at rate 0 -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if issubclass(c.method, Intervention)], ids=str)
+@pytest.mark.parametrize("case", _rows(Intervention))
 def test_off_is_the_bare_rule(case: Case) -> None:
     assert case.method.OFF, f"{case.method.__name__}.OFF does not say at which settings the method does nothing"
     off = populate([case.lane(seed=5, **case.method.OFF)], dtype=torch.float32)
@@ -157,9 +175,10 @@ def test_off_is_the_bare_rule(case: Case) -> None:
         assert torch.equal(w.view(torch.int32), bare.state.params[name].view(torch.int32)), name
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if issubclass(c.method, Rule)], ids=str)
+@pytest.mark.parametrize("case", _rows(Rule))
 def test_lr_0_moves_nothing(case: Case) -> None:
-    population = populate([case.lane(seed=5, lr=0.0, weight_decay=0.0)], dtype=torch.float32)
+    decay = {"weight_decay": 0.0} if "weight_decay" in case.method.scalars() else {}
+    population = populate([case.lane(seed=5, lr=0.0, **decay)], dtype=torch.float32)
     before = lane(population, 0).params
     population.advance(20)
     same(lane(population, 0).params, before)
@@ -189,19 +208,27 @@ def _within(field: Any, value: float) -> float:
     return value if value < high else high - (value - high) / 10
 
 
-def _compiled_rows() -> list[tuple[Case, ...]]:
-    """As few programs as hold every method: the rules in turn, each with the interventions that fall to it."""
-    rules = [m for m in REGISTRY if issubclass(m, Rule)]
+def _compiled_rows() -> list[Any]:
+    """As few programs as hold every method: the rules in turn, each with the interventions that fall to it. Rules that
+    are like another, and variants of rules, are slow tests."""
+    alike = {name for name, reference in REFERENCES.items() if reference.like is not None}
+    rules = [m for m in REGISTRY if issubclass(m, Rule) and m.name not in alike]
     others = [m for m in REGISTRY if issubclass(m, Intervention)]
     first = {m: next(c for c in CASES if c.method is m) for m in REGISTRY}
-    return [
+    fast = [
         (first[rule], *(first[m] for i, m in enumerate(others) if i % len(rules) == number))
         for number, rule in enumerate(rules)
+    ]
+    alone = [first[m] for m in REGISTRY if m.name in alike] + [
+        c for c in EVERY_CASE if c.method.name in REFERENCES and c.label in REFERENCES[c.method.name].compiled
+    ]
+    return [pytest.param(row, id=" + ".join(c.method.name for c in row)) for row in fast] + [
+        pytest.param((case,), id=str(case), marks=pytest.mark.slow) for case in alone
     ]
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("row", _compiled_rows(), ids=lambda row: " + ".join(c.method.name for c in row))
+@pytest.mark.parametrize("row", _compiled_rows())
 def test_compiled_equals_uncompiled(row: tuple[Case, ...]) -> None:
     interventions = tuple(c.made()[1][0] for c in row[1:])
     lanes = [Lane(seed, row[0].made()[0], interventions) for seed in (0, 1, 2)]
@@ -234,9 +261,10 @@ def _refused() -> list[Any]:
                 if type(None) not in typing.get_args(hints[field.name]):
                     bad += [None]
             elif "whole_low" in data:
-                bad = [1.5, "much", True, [1], data["whole_low"] - 1] + ([] if field.default is None else [None])
+                bad = [1.5, "much", True, [1], data["whole_low"] - 1]
+                bad += [] if field.default is None or data["optional"] else [None]
             elif "options" in data:
-                bad = ["nonsense", None, 1]
+                bad = [value for value in ("nonsense", None, 1, 3) if value not in data["options"]]
             elif hints[field.name] is bool:
                 bad = ["no", None, 1]
             rows += [pytest.param(method, field, value, id=f"{method.name}.{field.name}={value!r}") for value in bad]
@@ -252,7 +280,7 @@ def test_refuses_settings_out_of_range(method: type[Method], field: Any, value: 
     shown = f"{value:g}" if isinstance(value, float) else repr(value)
     assert shown in text
     if "options" in field.metadata:
-        assert all(option in text for option in field.metadata["options"])
+        assert all(str(option) in text for option in field.metadata["options"])
     elif "whole_low" in field.metadata:
         assert "whole number" in text or str(field.metadata["whole_low"]) in text.replace(shown, "", 1), text
     elif isinstance(value, float):
@@ -327,8 +355,9 @@ def test_step_and_event_are_pure(case: Case) -> None:
 
     key = torch.tensor(seed_key(0, "method"), dtype=torch.int32)
     noise = Noise(key, state.step, method.name)
-    context = Context(grads, hidden, noise, population.units, signals, loss)
-    inputs = (dict(state.params), own, grads, hidden, signals)
+    curvature = {name: torch.rand_like(w) for name, w in state.params.items()}
+    context = Context(grads, hidden, noise, population.units, signals, loss, curvature=curvature)
+    inputs = (dict(state.params), own, grads, hidden, signals, curvature)
     before = torch.utils._pytree.tree_map(torch.clone, inputs)
     rng = torch.get_rng_state()
     calls = [lambda: method.step(state.params, own, context)]
@@ -487,3 +516,10 @@ def test_uniform_noise_compiled_is_uncompiled_bit_for_bit() -> None:
         population.advance(3)
         made.append(population.state.params)
     same(made[0], made[1])
+
+
+def test_every_method_is_one_import_away() -> None:
+    """The registry and what is imported are two lists: mypy must see the names."""
+    missing = [method.__name__ for method in REGISTRY if method.__name__ not in perennial.methods.__all__]
+    assert not missing, f"add {', '.join(missing)} to __all__ of perennial/methods/__init__.py"
+    assert all(getattr(perennial, method.__name__) is method for method in REGISTRY)

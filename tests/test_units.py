@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from perennial.units import Distribution, UnitMap, build_and_record, trace
+from perennial.units import Distribution, Slice, UnitMap, build_and_record, trace
 
 # --- the proof ------------------------------------------------------------------------------------------------------
 
@@ -372,6 +376,35 @@ def test_keyword_arguments() -> None:
             return F.linear(h, bias=self.b.bias, weight=self.b.weight)
 
     assert [layer.name for layer in trace(Named(), observation=positive(6))] == ["a"]
+
+
+def test_a_slice_goes_to_a_device_once() -> None:
+    """A copy a step would have the processor wait for the device each time. ``meta`` stands for a device here."""
+    part = Slice("6.weight", 1, torch.tensor([[4, 1], [0, 5], [3, 2]]))
+    device, values = torch.device("meta"), torch.zeros(3, device="meta")
+    assert part.on(torch.device("cpu")) is part.index
+    assert part.on(device) is part.on(device)
+    copies: list[Any] = []
+    for _ in range(2):
+        assert part.spread(values, 6).shape == (6,)
+        assert part.gather(torch.zeros(2, 6, device="meta")).shape == (3, 4)
+        assert part.positions(torch.tensor([2, 0], device="meta")).shape == (4,)
+        copies.append([there for there in part._copies.values() if there.device == device])
+    assert len(copies[0]) == 2
+    assert all(a is b for a, b in zip(*copies, strict=True))
+    for again in (pickle.loads(pickle.dumps(part)), copy.deepcopy(part), dataclasses.replace(part, dim=0)):
+        assert torch.equal(again.index, part.index)
+        assert not again._copies
+    other = Slice("6.weight", 1, part.index)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert other.on(device).device == device
+    assert not other._copies, "what stands for a tensor while a step is traced"
+
+
+def test_the_positions_of_units() -> None:
+    part = Slice("6.weight", 1, torch.tensor([[4, 1], [0, 5], [3, 2]]))
+    assert part.positions(torch.tensor([2, 0])).tolist() == [3, 2, 4, 1]
+    assert Slice("0.weight", 0, torch.arange(3)[:, None]).positions(torch.tensor([2, 0])).tolist() == [2, 0]
 
 
 @settings(max_examples=25, deadline=None)

@@ -111,6 +111,23 @@ def register(name: str, make: Callable[[], Example]) -> None:
 
 # --- perceptrons ----------------------------------------------------------------------------------------------------
 
+
+@entry
+def inputs_that_come_in_late() -> Example:
+    """Their tensors are there from the start, though no operation has used them while there are units."""
+
+    def forward(m: Any, x: Tensor, y: Tensor, *, factor: Tensor) -> Tensor:
+        h = m.a(x).tanh()
+        g = m.b(y).tanh()
+        return m.d((m.c(torch.cat([h, g], 1)) * factor).tanh())  # type: ignore[no-any-return]
+
+    model = Net(forward, a=nn.Linear(6, 5), b=nn.Linear(3, 4), c=nn.Linear(9, 4), d=nn.Linear(4, 2))
+    return Example(
+        model, (values(8, 6), values(8, 3)), {"a": (5, False), "b": (4, False), "c": (4, False)},
+        kwargs={"factor": values(8, 1).abs()},
+    )  # fmt: skip
+
+
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     nn.ReLU, nn.LeakyReLU, nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.CELU,
     nn.Softplus, nn.Softsign, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.ReLU6, nn.LogSigmoid,

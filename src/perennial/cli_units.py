@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from perennial.attach.arguments import described
 from perennial.units import Proof, UnitMap, prove, trace
 
 
@@ -45,7 +47,7 @@ def units(
     try:
         model = load_model(factory)
         args, kwargs = load_example(example, factory)
-        unit_map = trace(model, *args, **kwargs)
+        unit_map = _traced(model, args, kwargs, f"--example {example}")
         proofs = {p.layer: p for p in prove(model, unit_map, *args, **kwargs)} if check else {}
     except UnitsError as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
@@ -62,10 +64,40 @@ def units(
 def load_model(target: str) -> nn.Module:
     """The model that ``MODULE:FACTORY`` makes."""
     made = _named(target)
+    if callable(made) and not isinstance(made, nn.Module) and (needed := _required(made)):
+        raise UnitsError(
+            f"{target} cannot be called without arguments: it needs {', '.join(needed)}. Name a function without "
+            "arguments that calls it"
+        )
     model = made() if callable(made) and not isinstance(made, nn.Module) else made
     if not isinstance(model, nn.Module):
         raise UnitsError(f"{target} makes a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _required(function: Any) -> list[str]:
+    """The arguments that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in fixed]
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: str) -> UnitMap:
+    try:
+        return trace(model, *args, **kwargs)
+    except Exception as error:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        embeds = any(isinstance(module, nn.Embedding) for module in model.modules())
+        reads_ids = embeds and all(value.is_floating_point() for value in tensors)
+        hint = ". For an embedding give whole numbers, as in --example int:2,16" if reads_ids else ""
+        what = " ".join(str(error).split()).removesuffix(".")
+        raise UnitsError(
+            f"the model cannot be run on {given}, {described((*args, *kwargs.values()))}: {type(error).__name__}: "
+            f"{what}{hint}"
+        ) from None
 
 
 def load_example(text: str | None, factory: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The optimizer rules as ``torch.optim.Optimizer``: ``perennial.optim.UPGD(model.named_parameters(), lr=0.01)``.
 
-There is one class for every rule in :data:`perennial.methods.REGISTRY`, made from it: the arithmetic, the defaults and
+There is one class for every rule in ``perennial.methods.REGISTRY``, made from it: the arithmetic, the defaults and
 the ranges are the rule's, and a lane of a :class:`~perennial.population.Population` with the same seed makes the same
 steps.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,18 +14,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from perennial.attach.arguments import (
+    as_call,
+    bare_model,
+    bare_optimizer,
+    checked_method,
+    drawn_by,
+    running_on,
+    trained,
+)
 from perennial.attach.optimizer_state import FreshState, skipped
-from perennial.attach.taps import Tap, tapped
+from perennial.attach.shown import grouped, wrapped
+from perennial.attach.taps import Tap, let_compiled_code_see_hooks, tapped
 from perennial.methods import Context, Intervention, Regulariser
 from perennial.methods.base import Touched
 from perennial.methods.replace import ReplacesUnits
 from perennial.noise import Noise, seed_key
-from perennial.units import Distribution, UnitLayer, UnitMap, build_and_record, prove, recover, trace
+from perennial.units import Distribution, UnitLayer, UnitMap, prove, recover, trace
 from perennial.units.prove import SILENT
-from perennial.units.trace import undisturbed
+from perennial.units.trace import repeats, undisturbed
 
 KEY = "perennial"
 """Under which a keeper's state stands in ``optimizer.state_dict()``."""
+
+_ATTACHED: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Keeper]] = weakref.WeakKeyDictionary()
+"""The keepers at work, by optimizer; their hooks keep them alive."""
+
+RANDOM = (
+    "the model's output is random in a way that cannot be repeated; attach with model.eval(), and call model.train() "
+    "afterwards"
+)
+"""Why a layer is refused where a generator of the model's own makes every forward pass another."""
 
 
 def attach(
@@ -55,7 +75,8 @@ def attach(
 
     Args:
         method: an intervention.
-        model: any module. Attach before ``torch.compile``: a compiled model does not see hooks that come later.
+        model: any module. Attach before ``torch.compile``: what was compiled before the first keeper of a process is
+            attached does not see its hooks (``torch.compiler.reset()`` drops it).
         optimizer: the optimizer that trains it. Its parameters alone are kept.
         example: an input for one forward pass, from which the units are traced: a tensor, a tuple of positional
             arguments, or a mapping of keywords (a batch of transformers). Not needed by methods that know no units.
@@ -73,39 +94,41 @@ def attach(
     Raises:
         TypeError: not an intervention, a module or an optimizer.
         ValueError: nothing can be kept, with the reasons; the optimizer does not train this model; something that the
-            method needs is missing.
+            method needs is missing; the factory makes another model; the same method is attached to the same weights
+            already.
     """
-    if not isinstance(method, Intervention):
-        raise TypeError(
-            f"{method!r} is not an intervention. Optimizer rules train a model themselves; they are not attached to "
-            "another optimizer"
-        )
-    model, optimizer = _bare_model(model), _bare_optimizer(optimizer)
-    params = _trained(model, optimizer)
+    method = checked_method(method, model, optimizer)
+    model, optimizer = bare_model(model), bare_optimizer(optimizer)
+    params = trained(model, optimizer)
     if "loss" in method.needs and loss is None:
         raise ValueError(f"{method.name} needs loss=, a function without arguments that computes the last batch's loss")
-    args, kwargs = _call(example)
+    args, kwargs = as_call(example)
     names = [layers] if isinstance(layers, str) else list(layers)
     notes: dict[str, str] = {}
     by_hand = units is not None
     if units is None and example is not None:
-        units = trace(model, *args, **kwargs)
+        with running_on(example, model):
+            units = trace(model, *args, **kwargs)
     elif units is None:
         units = UnitMap(())
     if isinstance(method, ReplacesUnits) and example is None and not len(units):
         raise ValueError(f"{method.name} replaces hidden units: give example=, an input from which they can be traced")
-    initial: Mapping[str, Distribution] = units.initial or (build_and_record(factory)[1] if factory else recover(model))
+    drawn = drawn_by(factory, model) if factory is not None else {}
+    initial: Mapping[str, Distribution] = units.initial or drawn or recover(model)
     units = dataclasses.replace(units, initial=initial)
     if isinstance(method, ReplacesUnits):
         units = _kept(units, names, coupled, params, initial)
-        if check and example is not None:
-            units, notes = _proved(units, model, args, kwargs, by_hand)
-        if "activations" in method.needs or "signals" in method.needs:
-            units = _seen(units, model, args, kwargs) if example is not None else units
+        if example is not None:
+            with running_on(example, model):
+                if check:
+                    units, notes = _proved(units, model, args, kwargs, by_hand)
+                if "activations" in method.needs or "signals" in method.needs:
+                    units = _seen(units, model, args, kwargs)
         if not len(units):
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in units.refused) or "  it has no hidden layer"
             raise ValueError(f"{method.name} found no hidden units to keep in this network:\n{reasons}")
     (method,) = type(method).settled([method], units)
+    _not_twice(method, optimizer, params, units)
     return Keeper(method, model, optimizer, units, notes, loss, seed)
 
 
@@ -125,12 +148,18 @@ class Keeper:
         loss: Callable[[], Tensor] | None,
         seed: int,
     ) -> None:
-        self.method, self.units, self.seed, self.notes = method, units, seed, dict(notes)
-        """The method, with settings that follow from the network filled in; the units that it keeps."""
+        self.method = method
+        """The method, with settings that follow from the network filled in."""
+        self.units = units
+        """The units that it keeps; the others, with the reason, in ``units.refused``."""
+        self.seed = seed
+        """Of the method's random numbers; that of a checkpoint once it is loaded."""
+        self.notes = dict(notes)
+        """What is to be known of layers that are kept, by name: that their units are silent on the example, say."""
         self.steps = 0
         """Optimizer steps seen."""
         self._model, self._optimizer, self._loss_of_batch = model, optimizer, loss
-        self._params = _trained(model, optimizer)
+        self._params = trained(model, optimizer)
         self._named = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         device = next(iter(self._params.values())).device
@@ -148,6 +177,9 @@ class Keeper:
         self._seen: dict[str, Tensor] = {}
         self._slopes: dict[str, Tensor] = {}
         self._loaded: Mapping[str, Any] = {}
+        self._tasks = 0  # how many times new_task() was called
+        self._penalties = 0  # and penalty()
+        self._here = 0  # steps seen since attaching, those of a checkpoint not counted
         self._fresh = FreshState.of(optimizer)
         self._fresh.enter()
         self._handles: list[Any] = []
@@ -162,12 +194,14 @@ class Keeper:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            _ATTACHED[self._optimizer].discard(self)
             self._fresh.leave()
             self._seen.clear()
             self._slopes.clear()
 
     def new_task(self) -> None:
         """Say that a new task begins with the next step: methods that act when tasks change act now."""
+        self._tasks += 1
         if self.method.due(self.steps, True) and not self.method.due(self.steps, False):
             with torch.no_grad():
                 self._event()
@@ -180,6 +214,7 @@ class Keeper:
         """
         if not isinstance(self.method, Regulariser) or not self.method.coupled:
             raise ValueError(f"{self.method!r} adds nothing to the loss; only a regulariser with coupled=True does")
+        self._penalties += 1
         return self.method.rate * self.method.penalty(self._params, self.state, self.units)
 
     def replaced(self) -> dict[str, int]:
@@ -190,6 +225,7 @@ class Keeper:
 
     def _hook(self) -> None:
         optimizer = self._optimizer
+        _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
         self._handles = [
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._save),
@@ -199,6 +235,7 @@ class Keeper:
         modules = dict(self._model.named_modules())
         slopes = self._slopes if "signals" in self.method.needs else None
         if {"activations", "signals"} & self.method.needs:
+            let_compiled_code_see_hooks()
             for tap in dict.fromkeys(layer.tap for layer in self.units):
                 module = modules[tap.rpartition(".")[0]]
                 handle = module.register_forward_pre_hook(Tap(tap, self._seen, slopes), with_kwargs=True)
@@ -216,11 +253,15 @@ class Keeper:
             self._write(changed)
             self._renew(method.replaced(self.state))
             self.steps += 1
+            self._here += 1
+            if self._here == 10:
+                self._warn_of_a_missing_penalty()
             if method.due(self.steps, False):
                 self._event()
 
     def _event(self) -> None:
-        outcome = self.method.event(self._params, self.state, self._context({}, {}))
+        context = self._context({}, {})._replace(grads={})  # as in a population: what it goes by is in its state
+        outcome = self.method.event(self._params, self.state, context)
         self.state = outcome.state
         self._write(outcome.changed)
         if outcome.replaced:
@@ -236,8 +277,10 @@ class Keeper:
         if missing:
             raise RuntimeError(
                 f"{self.method.name} saw no activation of {', '.join(missing[:5])} before this optimizer step. If "
-                "the model was compiled, attach before the first compiled call: torch.compile drops hooks that come "
-                "later. If these layers take no part in training, leave them out with layers="
+                "anything was compiled before the first attach() of this process, this model or another of its class, "
+                "compiled code without hooks may be in use: attach before the first compiled call, or call "
+                "torch.compiler.reset() after attaching. If these layers take no part in training, leave them out with "
+                "layers="
             )
         activations = {layer.name: layer.activation(_wide(self._seen[layer.tap])) for layer in self.units}
         signals = {}
@@ -282,6 +325,15 @@ class Keeper:
         for name, value in changed.items():
             (self._params[name] if name in self._params else self._buffers[name]).copy_(value)
 
+    def _warn_of_a_missing_penalty(self) -> None:
+        method = self.method
+        if isinstance(method, Regulariser) and method.coupled and not self._penalties and float(method.rate):
+            warnings.warn(
+                f"{method.name} with coupled=True does nothing by itself, and keeper.penalty() was not called in ten "
+                "steps: add it to the loss, loss = loss + keeper.penalty(), or set coupled=False",
+                stacklevel=4,
+            )
+
     # --- fresh optimizer state --------------------------------------------------------------------------------------
 
     def _renew(self, replaced: Mapping[str, Tensor]) -> None:
@@ -306,6 +358,8 @@ class Keeper:
                 self._fresh.reset(parameter, part.dim, part.positions(units), every)
 
     def _renew_marked(self, touched: Touched) -> None:
+        for layer, marks in self.units.renewed(touched).items():
+            self._fresh.reset_units(layer, marks[0])
         for name, dims in touched.items():
             parameter = self._params[name]
             for dim, mark in dims.items():
@@ -377,7 +431,11 @@ class Keeper:
     # --- showing ----------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        lines = [f"{self.method}", f"  seed {self.seed}, {self.steps} steps; {self._fresh.policy()}"]
+        method = self.method
+        lines = wrapped(f"{method}", 0)
+        if not self._handles:
+            lines.append("  removed: it does nothing any more")
+        lines += wrapped(f"seed {self.seed}, {self.steps} steps; {self._fresh.policy()}", 2)
         if self._total:
             kept = sum(layer.size for layer in self.units)
             lines.append(f"  keeps {kept} units in {len(self._total)} layers, of which replaced so far:")
@@ -389,14 +447,23 @@ class Keeper:
                     f"    {layer.name:<{width}}  {layer.size:>6} units  {self._replaced(layer):>6} replaced"
                     f"  redrawn: {source or 'unknown'}{note}"
                 )
+        if not isinstance(method, ReplacesUnits):
+            names = method.acts_on(self._params, self.units)
+            share = "all" if len(names) == len(self._params) else f"{len(names)} of {len(self._params)}"
+            listed = "" if share == "all" else f": {', '.join(grouped(names))}"
+            lines += wrapped(f"acts on {share} parameters{listed}", 2)
         if self.units.refused and self._total:
             lines.append("  leaves alone:")
             by_reason: dict[str, list[str]] = {}
             for name, reason in self.units.refused:
                 by_reason.setdefault(reason, []).append(name)
-            lines += [f"    {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
-        if isinstance(self.method, Regulariser) and self.method.coupled:
+            for reason, names in by_reason.items():
+                lines += wrapped(f"{', '.join(grouped(names))}: {reason}", 4)
+        if isinstance(method, Regulariser) and method.coupled:
             lines.append("  coupled: add keeper.penalty() to the loss")
+        if method.due(1, True) and not method.due(1, False):
+            told = f"called {self._tasks} times so far" if self._tasks else "which was not called yet"
+            lines.append(f"  acts when a new task begins: tell it by keeper.new_task(), {told}")
         return "\n".join(lines)
 
     def _replaced(self, layer: UnitLayer) -> int:
@@ -406,49 +473,19 @@ class Keeper:
 # --- making ---------------------------------------------------------------------------------------------------------
 
 
-def _bare_model(model: Any) -> nn.Module:
-    """The module inside DDP, DataParallel and what ``torch.compile`` returns: the same parameters, their own names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            assert isinstance(model, nn.Module)
-            return model
+def _not_twice(method: Intervention, optimizer: Optimizer, params: Mapping[str, Tensor], units: UnitMap) -> None:
+    """Refuse what is there already, as after running a cell of a notebook again."""
 
+    def weights(units: UnitMap, params: Mapping[str, Tensor]) -> set[int]:
+        makes = {part.parameter for layer in units for part in layer.incoming}
+        return {id(params[name]) for name in (makes if isinstance(method, ReplacesUnits) else params)}
 
-def _bare_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer whose ``step`` runs: inside what accelerate and others put around it."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-    return optimizer
-
-
-def _trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of the model that the optimizer trains."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    found = {name: p for name, p in model.named_parameters() if id(p) in held and p.requires_grad}
-    if not found:
-        raise ValueError(
-            "the optimizer holds none of the model's parameters that require a gradient: it was made for another "
-            "model, or before the model was moved or copied"
-        )
-    return found
-
-
-def _call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example is None:
-        return (), {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    return (example,), {}
+    for keeper in _ATTACHED.get(optimizer, ()):
+        if keeper.method == method and weights(units, params) & weights(keeper.units, keeper._params):
+            raise ValueError(
+                f"{method} is attached to this optimizer already, and would act twice on the same weights. Call "
+                "remove() on the first keeper, or attach with other settings or to other layers="
+            )
 
 
 def _kept(
@@ -487,6 +524,8 @@ def _proved(
     proofs = {proof.layer: proof for proof in prove(model, units, *args, every_pair=every_pair, **kwargs)}
     # Dead units are what these methods are there for: only a contradiction speaks against a layer.
     wrong = {name: proof.note for name, proof in proofs.items() if not proof.proved and proof.note != SILENT}
+    if wrong and not repeats(model, *args, **kwargs):
+        wrong = dict.fromkeys(wrong, RANDOM)
     kept = tuple(layer for layer in units if layer.name not in wrong)
     failed = tuple((name, f"not proved: {note}") for name, note in wrong.items())
     notes = {name: proof.note for name, proof in proofs.items() if name not in wrong and proof.note}

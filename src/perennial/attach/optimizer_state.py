@@ -75,7 +75,7 @@ class FreshState:
         optimizer = self.optimizer()
         name = type(optimizer).__name__
         if isinstance(optimizer, RuleOptimizer):
-            return f"{name}: all state starts at zero and every weight has a step count of its own"
+            return f"{name}: all state starts at zero and every fresh unit has a step count of its own"
         if isinstance(optimizer, Adam):
             return f"{name}: moments start at zero and every fresh unit has a step count of its own"
         return f"{name}: every state tensor of the parameter's shape starts at zero; step counts stay"

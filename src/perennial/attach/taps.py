@@ -43,6 +43,19 @@ class Tap:
         return Tap, ()
 
 
+def let_compiled_code_see_hooks() -> None:
+    """Make Dynamo check the hooks of modules before it runs what it has compiled.
+
+    It leaves that out to save time. Then two models of one class share compiled code whether or not hooks are on them:
+    forward passes of a bare model would reach the keeper of another. What was compiled before stays unchecked. Free of
+    cost: whatever makes an optimizer has imported Dynamo.
+    """
+    import torch._dynamo
+
+    if hasattr(torch._dynamo.config, "skip_nnmodule_hook_guards"):
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
 _READERS = {
     "linear": (nn.Linear,),
     "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),

@@ -38,8 +38,8 @@ class AdaUPGD(UPGD):
         w \leftarrow (1 - \alpha \lambda) w - 2 \alpha
             \left(\frac{\hat m}{\sqrt{\hat v} + \epsilon} + s\,\xi\right)(1 - \bar U)
 
-    with the gate of :class:`UPGD`, of the gradient itself. The factor 2 makes a weight of utility zero take Adam's
-    step; ``doubled=False`` leaves it out.
+    with the gate of :class:`~perennial.methods.upgd.UPGD`, of the gradient itself. The factor 2 makes a weight of
+    utility zero take Adam's step; ``doubled=False`` leaves it out.
     """
 
     lr: Scalar = number(1e-3, low=0.0)

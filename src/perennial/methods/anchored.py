@@ -17,7 +17,7 @@ from perennial.units import UnitMap
 
 
 class AnchoredState(NamedTuple):
-    """State of :class:`EWC` and :class:`MAS`."""
+    """State of :class:`~perennial.methods.ewc.EWC` and :class:`~perennial.methods.mas.MAS`."""
 
     anchor: dict[str, Tensor]
     """Moving average of each weight, the parameter's shape, not bias-corrected."""
@@ -28,7 +28,8 @@ class AnchoredState(NamedTuple):
 
 
 class TravelState(NamedTuple):
-    """State of :class:`SynapticIntelligence` and :class:`RWalk`, which go by what a weight did on its way."""
+    """State of :class:`~perennial.methods.synaptic_intelligence.SynapticIntelligence` and
+    :class:`~perennial.methods.rwalk.RWalk`, which go by what a weight did on its way."""
 
     anchor: dict[str, Tensor]
     """Moving average of each weight, the parameter's shape, not bias-corrected."""

@@ -129,7 +129,7 @@ class Method:
             value = getattr(self, field.name)
             where = f"{self.name}.{field.name}"
             options = field.metadata.get("options")
-            if options is not None and value not in options:
+            if options is not None and not any(value == o and type(value) is type(o) for o in options):
                 raise ValueError(f"{where} is {value!r}; it is one of {', '.join(map(str, options))}")
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"{where} is {value!r}; it is True or False")
@@ -237,6 +237,10 @@ class Intervention(Method):
         """Which units the last ``step`` re-initialised: layer name -> bool [units]. The caller resets the optimizer's
         state there. Empty for a method that replaces none."""
         return {}
+
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
+        """The parameters that it may change, by name, to be shown. All, unless the method says otherwise."""
+        return list(params)
 
     def due(self, steps_made: int, task_ended: bool) -> bool:
         """Whether ``event`` runs after this step. A plain function of its arguments and of structure.

@@ -53,6 +53,9 @@ class DASH(Intervention):
             raise ValueError("dash found no weight matrix in this network to shrink")
         return DASHState({name: torch.zeros_like(params[name].detach()) for name in matrices})
 
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
+        return list(units.matrices(params))
+
     def step(self, params: Tensors, state: DASHState, context: Context) -> tuple[dict[str, Tensor], DASHState]:
         return {}, DASHState(
             {

@@ -45,6 +45,9 @@ class FIRE(Intervention):
             raise ValueError("fire found no hidden weight matrix in this network to make orthogonal")
         return ()
 
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
+        return list(units.hidden_matrices(params))
+
     def due(self, steps_made: int, task_ended: bool) -> bool:
         return falls_due(self.every, steps_made, task_ended)
 

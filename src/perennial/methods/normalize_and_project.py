@@ -48,6 +48,9 @@ class NormalizeAndProject(Intervention):
             raise ValueError("normalize_and_project found neither a hidden weight matrix nor a norm in this network")
         return NormalizeAndProjectState({names[0]: _norm([params[n].detach() for n in names]) for names in groups})
 
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
+        return [name for names in _groups(params, units) for name in names]
+
     def step(
         self, params: Tensors, state: NormalizeAndProjectState, context: Context
     ) -> tuple[dict[str, Tensor], NormalizeAndProjectState]:

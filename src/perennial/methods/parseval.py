@@ -36,6 +36,9 @@ class Parseval(Regulariser):
             raise ValueError("parseval found no hidden weight matrix in this network to keep orthogonal")
         return ()
 
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
+        return list(units.hidden_matrices(params))
+
     def penalty(self, params: Tensors, state: tuple[()], units: UnitMap) -> Tensor:
         penalties = []
         for name in units.hidden_matrices(params):

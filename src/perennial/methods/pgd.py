@@ -18,7 +18,8 @@ class PGD(Rule):
 
     with :math:`\xi` standard normal. Without decay this is the perturbed gradient descent of Zhou et al. (2019); with
     decay it is what Elsayed and Mahmood (ICLR 2024) compare UPGD with under the name of shrink and perturb. Its noise
-    is scaled by the step size; that of :class:`ShrinkAndPerturb`, after Ash and Adams and Dohare et al., is not.
+    is scaled by the step size; that of :class:`~perennial.methods.shrink_and_perturb.ShrinkAndPerturb`, after Ash and
+    Adams and Dohare et al., is not.
     """
 
     lr: Scalar = number(0.01, low=0.0)

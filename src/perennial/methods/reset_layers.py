@@ -44,6 +44,9 @@ class ResetLayers(Intervention):
         require_known(self.name, self._chosen(params, units), units)
         return ()
 
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
+        return self._chosen(params, units)
+
     def due(self, steps_made: int, task_ended: bool) -> bool:
         return falls_due(self.every, steps_made, task_ended)
 

@@ -25,7 +25,8 @@ class RWalk(Travel):
     .. math:: s \leftarrow \tfrac12 s + \tfrac12
         \max\!\left(0, \frac{-g\,(w' - w)}{\tfrac12 \hat F (w' - w)^2 + \epsilon}\right)
 
-    with F and the anchor bias-corrected. The published streaming code fills F with squared weights in place of squared
+    with F and the anchor, :math:`\bar w \leftarrow \beta_w \bar w + (1 - \beta_w)\, w` of the weights before the step,
+    bias-corrected. The published streaming code fills F with squared weights in place of squared
     gradients, drops the score's average, and pairs a gradient with the movement before it: hyper-parameters tuned for
     it need not suit this one.
     """

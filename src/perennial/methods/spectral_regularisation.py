@@ -57,6 +57,9 @@ class SpectralRegularisation(Regulariser):
             start[name] = (wave / torch.linalg.vector_norm(wave)).to(w.dtype)
         return SpectralRegularisationState(start)
 
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
+        return [*units.matrices(params), *_biases(params)]
+
     def advance(
         self, params: Tensors, state: SpectralRegularisationState, units: UnitMap
     ) -> SpectralRegularisationState:
@@ -65,13 +68,17 @@ class SpectralRegularisation(Regulariser):
         )
 
     def penalty(self, params: Tensors, state: SpectralRegularisationState, units: UnitMap) -> Tensor:
-        penalties = [(w**2).sum() for name, w in params.items() if w.dim() == 1 and name.endswith("bias")]
+        penalties = [(params[name] ** 2).sum() for name in _biases(params)]
         for name, v in state.direction.items():
             w = params[name].flatten(1)
             u = _unit(w.detach() @ v)
             sigma = (u * (w @ v)).sum()
             penalties.append((sigma**self.power - 1) ** 2)
         return sum(penalties[1:], penalties[0])
+
+
+def _biases(params: Tensors) -> list[str]:
+    return [name for name, w in params.items() if w.dim() == 1 and name.endswith("bias")]
 
 
 def _unit(vector: Tensor) -> Tensor:

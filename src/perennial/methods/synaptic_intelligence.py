@@ -25,7 +25,8 @@ class SynapticIntelligence(Travel):
 
     .. math:: w \leftarrow w - \alpha \left( g + \kappa\,\Omega (w - \hat w) \right)
 
-    with the averages bias-corrected and :math:`\Omega` as it was before the step. Each gradient meets the movement
+    with the averages bias-corrected, the anchor :math:`\bar w \leftarrow \beta_w \bar w + (1 - \beta_w)\, w` of the
+    weights before the step, and :math:`\Omega` as it was before the step. Each gradient meets the movement
     that it caused, as in the path integral of Zenke et al. The published streaming code pairs a gradient with the
     movement before it and takes the first weights for a movement from zero. :math:`\Omega` can be negative, as there.
     """

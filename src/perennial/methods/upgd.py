@@ -44,7 +44,8 @@ class UPGD(Rule):
     Feature-wise, the utility is that of a unit, and gates all that makes the unit: its incoming weights and bias. It is
     minus the derivative of the loss by a factor on the unit's output, which equals the sum of its outgoing weights'
     utilities, to first order exactly: the network needs no gates, and units of any layer in the unit map have one.
-    Whatever makes no hidden unit, the output layer above all, is trained by gradient descent without noise.
+    Whatever makes no hidden unit, the output layer above all, is trained by gradient descent without noise (and not
+    doubled). A coupled penalty in the gradient counts as part of the loss, but for ``order="exact"``.
 
     The maximum is of the bias-corrected utility, as in the paper; the published code takes it of the uncorrected one,
     which saturates the gate for the first :math:`1 / (1 - \beta)` steps. Where no weight has positive utility the
@@ -64,8 +65,8 @@ class UPGD(Rule):
     """Of the utility: 1, 2 (needs the diagonal of the Hessian), or "exact", by a forward pass for every weight."""
     scope: str = choice("global", "global", "local")
     """What the utility is scaled by: "global", the maximum over the network; "local", its own norm, over the weights of
-    one output of a layer (as the published code, over a parameter's last dimension, for linear layers), feature-wise
-    over the units of a layer."""
+    one output of a layer (as the published code, over a parameter's last dimension, for linear layers), of a bias over
+    all of it, feature-wise over the units of a layer."""
     granularity: str = choice("weight", "weight", "feature")
     """Whether a weight has a utility, or a unit."""
     protect: bool = True
@@ -74,8 +75,8 @@ class UPGD(Rule):
     """Which weights have a gate of their own: "all", or "output", those that make no hidden unit. The others are gated
     as if their utility were zero: they learn at half speed, whatever they are worth. Weight-wise only."""
     doubled: bool = False
-    """Twice the step size on gradient and noise, so that a weight of utility zero takes a step of the size of plain
-    gradient descent: the one-file optimizer in the authors' README."""
+    """Twice the step size on gradient and noise, so that with ``protect`` a weight of utility zero takes a step of the
+    size of plain gradient descent: the one-file optimizer in the authors' README."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from perennial.methods.base import Context, Intervention, Scalar, Tensors, number
-from perennial.units import bias_beside, fan_in
+from perennial.units import UnitMap, bias_beside, fan_in
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,20 @@ class WeightClipping(Intervention):
 
     OFF = {"kappa": math.inf}
 
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
+        return [name for weight in _bounded(params) for name in weight]
+
     def step(self, params: Tensors, state: tuple[()], context: Context) -> tuple[dict[str, Tensor], tuple[()]]:
         changed = {}
-        for name, w in params.items():
-            if w.dim() < 2:
-                continue
+        for names in _bounded(params):
+            w = params[names[0]]
             bound = w.new_ones(()) * self.kappa / math.sqrt(fan_in(w))
-            bias = bias_beside(name)
-            for each in (name, bias) if bias in params else (name,):
+            for each in names:
                 changed[each] = params[each].clamp(-bound, bound)
         return changed, state
+
+
+def _bounded(params: Tensors) -> list[tuple[str, ...]]:
+    """Every weight, with the bias beside it if there is one."""
+    weights = [name for name, w in params.items() if w.dim() >= 2]
+    return [(name, bias_beside(name)) if bias_beside(name) in params else (name,) for name in weights]

@@ -265,7 +265,7 @@ class Population:
             fresh = method.replaced(new)  # type: ignore[attr-defined]
             if fresh:
                 touched = self.units.touched(fresh, {name: w.shape for name, w in params.items()})
-                rule_state = rule.reset(rule_state, touched | _by_layer(fresh))  # type: ignore[attr-defined]
+                rule_state = rule.reset(rule_state, touched | self.units.renewed(touched))  # type: ignore[attr-defined]
                 for mask in fresh.values():
                     replaced = replaced + mask.sum(dtype=torch.int32)
         correct = state.correct if self._regression else state.correct + networks.correct(output, y)
@@ -296,7 +296,7 @@ class Population:
             params |= outcome.changed
             states[position] = outcome.state
             if outcome.touched:
-                touched = {**outcome.touched, **_by_layer(outcome.replaced)}
+                touched = {**outcome.touched, **self.units.renewed(outcome.touched)}
                 states[0] = rule.reset(states[0], touched)  # type: ignore[attr-defined]
             for mask in outcome.replaced.values():
                 replaced = replaced + mask.sum(dtype=torch.int32)
@@ -611,11 +611,6 @@ class Population:
         """Memory that one lane's state takes."""
         leaves = pytree.tree_leaves(self.state)
         return int(sum(leaf.numel() * leaf.element_size() for leaf in leaves)) // len(self.lanes)
-
-
-def _by_layer(replaced: Tensors) -> dict[str, dict[int, Tensor]]:
-    """Marks for what a rule keeps by unit."""
-    return {layer: {0: mask} for layer, mask in replaced.items()}
 
 
 def _padded(lanes: Sequence[Lane]) -> list[Lane]:

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +60,33 @@ class Slice:
 
     one_to_one: bool = field(init=False)
     """Whether unit i is simply position i."""
-    _owner: dict[int, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
+    _copies: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         size, entries = self.index.shape
         identity = entries == 1 and torch.equal(self.index[:, 0], torch.arange(size))
         object.__setattr__(self, "one_to_one", identity)
+
+    def __reduce__(self) -> tuple[type[Slice], tuple[Any, ...]]:  # without the copies: they may lie on a device
+        return Slice, (self.parameter, self.dim, self.index, self.groups)
+
+    def on(self, device: torch.device) -> Tensor:
+        """:attr:`index` on a device, copied there once."""
+        return self._on(device, self.index, "index")
+
+    def _on(self, device: torch.device, values: Tensor, name: Any) -> Tensor:
+        if values.device == device:
+            return values
+        there = self._copies.get((name, device))
+        if there is None:
+            there = values.to(device)
+            if type(there) is Tensor:  # what a trace has in place of a tensor is of that trace alone
+                self._copies[name, device] = there
+        return there
+
+    def positions(self, units: Tensor) -> Tensor:
+        """The positions along the dimension of some units, int64 [k] -> int64 [k x entries]."""
+        return units if self.one_to_one else self.on(units.device)[units].reshape(-1)
 
     def length(self, parameter: Tensor) -> int:
         """How many positions the parameter has along the slice's dimension."""
@@ -72,18 +94,19 @@ class Slice:
 
     def owner(self, length: int) -> Tensor:
         """The unit at each position along the dimension, int64 [length]; the number of units where there is none."""
-        if length not in self._owner:
+        if length not in self._copies:
             size, entries = self.index.shape
             owner = torch.full((length,), size, dtype=torch.int64)
             owner[self.index.reshape(-1)] = torch.arange(size).repeat_interleave(entries)
-            self._owner[length] = owner
-        return self._owner[length]
+            self._copies[length] = owner
+        return self._copies[length]
 
     def spread(self, values: Tensor, length: int) -> Tensor:
         """Per-unit ``values`` [units] laid out along the dimension [length]; positions of no unit get zero."""
         if self.one_to_one and length == self.index.shape[0]:
             return values
-        return torch.cat([values, torch.zeros_like(values[:1])])[self.owner(length).to(values.device)]
+        owner = self._on(values.device, self.owner(length), length)
+        return torch.cat([values, torch.zeros_like(values[:1])])[owner]
 
     def mask(self, units: Tensor, parameter: Tensor) -> Tensor:
         """Per-unit ``units`` [units] as a tensor that broadcasts against the parameter."""
@@ -102,7 +125,7 @@ class Slice:
             moved = parameter.movedim(self.dim, 0)
         if self.one_to_one and moved.shape[0] == self.index.shape[0]:
             return moved.flatten(1) if moved.dim() > 2 else moved
-        return moved[self.index.to(parameter.device)].reshape(self.index.shape[0], -1)
+        return moved[self.on(parameter.device)].reshape(self.index.shape[0], -1)
 
 
 @dataclass(frozen=True)
@@ -148,11 +171,11 @@ class UnitLayer:
         if self.reader == "conv":
             if columns.one_to_one and tapped.shape[1] == self.size:
                 return tapped
-            return tapped[:, columns.index.to(tapped.device)].movedim(2, -1)
+            return tapped[:, columns.on(tapped.device)].movedim(2, -1)
         flat = tapped if tapped.dim() == 2 else tapped.reshape(-1, tapped.shape[-1])
         if columns.one_to_one and flat.shape[1] == self.size:
             return flat
-        return flat[:, columns.index.to(flat.device)]
+        return flat[:, columns.on(flat.device)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -278,6 +301,19 @@ class UnitMap(Sequence[UnitLayer]):
                 dims = marks.setdefault(part.parameter, {})
                 dims[dim] = dims[dim] | mark if dim in dims else mark
         return marks
+
+    def renewed(self, touched: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
+        """The units whose incoming weights are all marked, as marks by layer: {layer: {0: bool [units]}}.
+
+        ``touched`` is as :meth:`touched` gives it, or marks whole parameters.
+        """
+        found = {}
+        for layer in self.layers:
+            part = layer.incoming[0]
+            rows = touched.get(part.parameter, {}).get(part.dim)
+            if rows is not None:
+                found[layer.name] = {0: rows[part.index.to(rows.device)].all(1)}
+        return found
 
 
 def _shortened(text: str, width: int) -> str:

@@ -25,7 +25,8 @@ class Proof(NamedTuple):
 
 
 SILENT = "its units have no effect on the output for this example"
-"""The note of a layer whose wiring nothing contradicts, but of which nothing was seen either: its units are dead."""
+"""The note of a layer whose wiring nothing contradicts, but of which nothing was seen either: its units are dead, or
+nothing of what reads them reaches the output."""
 
 _HELD = "with the statistics of the norms over units held fixed"
 
@@ -36,10 +37,11 @@ def prove(
     """Whether nothing but its outgoing slices reads a unit, layer by layer.
 
     In every layer the outgoing slices of half of the units are set to zero. Then their incoming slices and norms may be
-    changed at will: the output must not change by a bit. With the outgoing slices back in place it must change. The
-    same for the other half. A unit whose columns were taken for another's fails if the two are in different halves; so
-    with ``every_pair`` the units are halved again and again, by the digits of their numbers in a random order, until
-    every two of them have been apart both ways.
+    changed at will: the output must not change by a bit. The same for the other half. With the outgoing slices back in
+    place the change of one half or the other must show; of a layer where neither does (all of its units are dead, or
+    what reads them goes nowhere) nothing is proved, and the note says that they have no effect. A unit whose columns
+    were taken for another's fails if the two are in different halves; so with ``every_pair`` the units are halved again
+    and again, by the digits of their numbers in a random order, until every two of them have been apart both ways.
 
     Where a norm over units (LayerNorm, RMSNorm, GroupNorm) stands between the units and their readers, units feel each
     other through its statistics. These are held fixed in all runs, and the note says so.
@@ -71,9 +73,12 @@ def prove(
     for layer in unit_map:
         problem = _missing(layer, tensors)
         if not problem:
-            halves = _halves(layer.size, generator, every_pair)
-            for number, half in enumerate(halves):
-                problem = problem or _try(layer, half, tensors, run, base, generator, effect=number == 0)
+            felt = False
+            for half in _halves(layer.size, generator, every_pair):
+                problem, felt = _try(layer, half, tensors, run, base, generator, felt)
+                if problem:
+                    break
+            problem = problem or ("" if felt else SILENT)
         found.append(Proof(layer.name, not problem, problem or (_HELD if layer.normed else "")))
     return found
 
@@ -102,8 +107,9 @@ def _try(
     run: Callable[[], list[Tensor]],
     base: list[Tensor],
     generator: torch.Generator,
-    effect: bool,
-) -> str:
+    felt: bool,
+) -> tuple[str, bool]:
+    """What contradicts the layer, and whether the output feels its units; not looked at again where it is known to."""
     makes, reads = (*layer.incoming, *layer.norms), layer.outgoing
     with _kept([tensors[part.parameter] for part in (*makes, *reads)]) as restore:
         _cut(reads, half, tensors)
@@ -111,10 +117,12 @@ def _try(
         _disturb(makes, half, tensors, generator)
         after = run()
         if not _same(before, after):
-            return "something besides its outgoing slices reads its units, or they are another unit's"
+            return "something besides its outgoing slices reads its units, or they are another unit's", True
+        if felt:
+            return "", True
         restore([tensors[part.parameter] for part in reads])
-        if not effect or not _same(base, run()):
-            return ""
+        if not _same(base, run()):
+            return "", True
     # Nothing came through. Weights that start at zero (a gate of a residual branch, the second half of LoRA) hide it.
     with _kept([t for t in tensors.values() if t.is_floating_point()]):
         with torch.no_grad():
@@ -123,7 +131,7 @@ def _try(
                     tensor.data.copy_(0.05 + 0.1 * torch.rand(tensor.shape, generator=generator))
         open_ = run()
         _disturb(makes, half, tensors, generator)
-        return SILENT if _same(open_, run()) else ""
+        return "", not _same(open_, run())
 
 
 def _cut(parts: Sequence[Slice], half: Tensor, tensors: dict[str, Tensor]) -> None:

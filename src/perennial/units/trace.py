@@ -12,6 +12,8 @@ out at the end, by connected components. Components that have the same producers
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,10 +53,25 @@ def _overlapping(model: nn.Module) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model's forward pass in here, and it is left as it was: modes, buffers, gradients, global random state.
+def _same_random_state(devices: list[int]) -> Iterator[None]:
+    """The global random states of torch, of Python and of NumPy, if it is there, are put back: models draw from all."""
+    python, numpy = random.getstate(), sys.modules.get("numpy.random")
+    arrays = numpy.get_state(legacy=False) if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.set_state(arrays)
 
-    Buffers are put back through ``.data``, so that a graph made earlier can still be differentiated.
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model's forward pass in here, and it is left as it was: modes, buffers, gradients, global random states.
+
+    Two runs start from the same random states and draw the same numbers. Buffers are put back through ``.data``, so
+    that a graph made earlier can still be differentiated.
     """
     modules = list(model.modules())
     buffers = [(m, dict(m._buffers)) for m in modules]
@@ -65,7 +82,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules)
     plain = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), plain:
+        with _same_random_state(devices), torch.no_grad(), plain:
             yield
     finally:
         for module, held in buffers:
@@ -86,7 +103,7 @@ def copied(example: Any) -> Any:
 def trace(model: nn.Module, *args: Any, initial: Mapping[str, Distribution] | None = None, **kwargs: Any) -> UnitMap:
     """The hidden units of a network, found in one forward pass on an example.
 
-    The model is left as it was: mode, buffers, gradients, hooks and the global random state do not change.
+    The model is left as it was: mode, buffers, gradients, hooks and the global random states do not change.
     Units that are also read otherwise, by an operation that is not known, are an output, or whose weights are used more
     than once are refused, with the reason in :attr:`UnitMap.refused`. Units on a residual stream are listed as coupled.
 
@@ -95,10 +112,10 @@ def trace(model: nn.Module, *args: Any, initial: Mapping[str, Distribution] | No
         *args: an example input, as the model takes it; keywords too.
         initial: how parameters were drawn (:func:`perennial.units.build_and_record`), kept in the map.
     """
+    args, kwargs = copied((args, kwargs))  # before the tracer looks at which tensors there are
     tracer = Tracer(model)
     tracer.record.spoiled |= {n: why for n, p in model.named_parameters() if (why := _unusual(p))}
     tracer.record.spoiled |= _overlapping(model)
-    args, kwargs = copied((args, kwargs))
     with undisturbed(model), tracer:
         out = model(*args, **kwargs)
     tracer.look(leaves(out))
@@ -109,6 +126,21 @@ def trace(model: nn.Module, *args: Any, initial: Mapping[str, Distribution] | No
         if statistic is not None:
             tracer.end(statistic[0], "a statistic over units is an output of the model")
     return assemble(model, tracer.record, dict(initial or {}))
+
+
+def repeats(model: nn.Module, *args: Any, **kwargs: Any) -> bool:
+    """Whether two forward passes give the same, to the bit.
+
+    Random numbers of the global generators do not stand in the way; those of a generator of the model's own do.
+    """
+    found = []
+    for _ in range(2):
+        mine, named = copied((args, kwargs))
+        with undisturbed(model):
+            found.append(leaves(model(*mine, **named)))
+    return all(
+        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(*found, strict=True)
+    )
 
 
 def leaves(value: Any) -> list[Tensor]:
