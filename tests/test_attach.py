@@ -119,7 +119,16 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.settings.get("rule", ("sgd",))[0] in TORCH], ids=str)
+def _of_torch() -> list[Any]:
+    """Every case whose rule torch has; slow but for one of each method, and those behind Adam or at a task."""
+    cases = [(c, c.settings.get("rule", ("sgd",))[0]) for c in CASES]
+    quick = [*METHODS, *AT_A_TASK, *(c for c, rule in cases if rule == "adam")]
+    return [
+        pytest.param(c, id=str(c), marks=() if c in quick else pytest.mark.slow) for c, rule in cases if rule in TORCH
+    ]
+
+
+@pytest.mark.parametrize("case", _of_torch())
 def test_attached_equals_the_population(case: Case) -> None:
     """Same seed, same data: the hook on torch's optimizer and the lane give the same weights, replace the same units at
     the same steps, and Adam's state of fresh units is the same."""

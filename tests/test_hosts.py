@@ -48,6 +48,11 @@ METHODS: dict[str, Intervention] = {
     "l2 init": L2Init(rate=1e-2, coupled=True),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+few_methods = pytest.mark.parametrize("method", [
+    pytest.param(method, id=name, marks=pytest.mark.slow if name in ("self-normalized resets", "redo") else ())
+    for name, method in METHODS.items()
+])  # fmt: skip
+"""The same, slow but for one method that replaces units, one that needs none, and one that adds to the loss."""
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -580,7 +585,7 @@ def test_lightning_off_changes_no_bit() -> None:
 
 
 @lightning
-@every_method
+@few_methods
 def test_lightning_resumes(method: Intervention, tmp_path: Path) -> None:
     whole = lightning_module(method)
     with_lightning(whole, 2)
@@ -691,7 +696,7 @@ def test_sb3_off_changes_no_bit(name: str) -> None:
     assert_same(student.policy, other.policy)
 
 
-@every_agent
+@pytest.mark.parametrize("name", ["PPO", "SAC", pytest.param("DQN", marks=pytest.mark.slow)])
 def test_sb3_resumes(name: str, tmp_path: Path) -> None:
     """Loading makes a new agent whose optimizers have no keeper yet: attach, then load the parameters once more."""
     first = agent(name)
@@ -918,7 +923,7 @@ def compiled(method: Intervention, **settings: Any) -> tuple[nn.Module, Keeper]:
 
 
 @pytest.mark.usefixtures("compiler")
-@every_method
+@few_methods
 def test_compiled_after_attaching(method: Intervention) -> None:
     """The hooks are part of the one graph."""
     model, keeper = compiled(method, backend="aot_eager", fullgraph=True)

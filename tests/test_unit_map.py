@@ -502,7 +502,10 @@ def test_the_oracle_takes_no_unit_for_silent_that_is_not(name: str) -> None:
 
 # --- every architecture ---------------------------------------------------------------------------------------------
 
-LARGE = frozenset({"t5_gated", "lora_on_llama", "llama_eager", "llama_training", "resnet18_evaluating"})
+LARGE = frozenset({
+    "t5_gated", "lora_on_llama", "llama_eager", "llama_training", "resnet18_evaluating", "vit",
+    "transformer_encoder_norm_first_training", "transformer_encoder_norm_last_evaluating",
+})  # fmt: skip
 """Networks that take the oracle long, each of them a variant of one that is tried with the quick tests."""
 
 ADDS_INPUTS = frozenset({"noise_of_the_units_shape"})
@@ -833,6 +836,10 @@ WRONG = (
 )  # fmt: skip
 
 
+WIDE = frozenset({"gpt2", "transformer_encoder_norm_first_evaluating"})
+"""Those of many layers, in which every pair of units takes long; the quicker tests of the same networks go on."""
+
+
 def _with(unit_map: UnitMap, number: int, **changes: Any) -> UnitMap:
     layers = list(unit_map)
     layers[number] = dataclasses.replace(layers[number], **changes)
@@ -854,7 +861,7 @@ def _caught(example: Example, wrong: UnitMap, number: int) -> None:
     assert all(proof.proved for proof in others), "a wrong layer makes another one fail"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "gpt2" else ()) for n in WRONG])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in WIDE else ()) for n in WRONG])
 def test_swapped_columns_are_caught(name: str) -> None:
     """Any two units, of any reader: a proof by one random half of the units would miss every second pair."""
     example, unit_map = _mapped(name)
@@ -890,7 +897,13 @@ def test_shifted_columns_are_caught(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["two_heads_of_a_trunk", "highway", "transformer_encoder_norm_first_evaluating", "bert"]
+    "name",
+    [
+        "two_heads_of_a_trunk",
+        "highway",
+        "transformer_encoder_norm_first_evaluating",
+        pytest.param("bert", marks=pytest.mark.slow),
+    ],
 )
 def test_a_dropped_reader_is_caught(name: str) -> None:
     example, unit_map = _mapped(name)
