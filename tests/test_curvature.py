@@ -880,6 +880,7 @@ def test_any_network_and_no_trace() -> None:
     assert int(model.norm.num_batches_tracked) == 1
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     objects = dict(model.named_buffers())
+    torch.rand(3)  # whoever draws next must not get what the loss was made with
     random, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     found = source.diagonal()
     assert all(torch.equal(b, buffers[n]) and b is objects[n] for n, b in model.named_buffers())
@@ -903,6 +904,28 @@ def test_any_network_and_no_trace() -> None:
             expected[n] += v[n] * product / 2
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_state_that_the_loss_depends_on(kind: Callable[..., HesScale | Hutchinson]) -> None:
+    """A graph made before can still be differentiated after."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 4)
+            self.register_buffer("scale", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.mul_(0.9)
+            return self.inner(x) * self.scale
+
+    model, x = Scaled(), torch.randn(5, 3)
+    source = kind(model, nn.CrossEntropyLoss())
+    loss = source(x, _TARGET)
+    source.diagonal()
+    loss.backward()
+    assert torch.equal(model.scale, torch.full((4,), 0.9))
 
 
 def test_hesscale_leaves_no_trace() -> None:

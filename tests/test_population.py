@@ -820,3 +820,15 @@ def test_sample_plasticity_is_what_a_second_forward_pass_says(lanes: int) -> Non
     assert population.collect(2)["sample_plasticity"].isnan().all(), "no sample was taken in these two steps"
     with pytest.raises(ValueError, match="plasticity_every is 0"):
         Population(lambda: MLP().build(6, 2), stream, members, compiled=False, plasticity_every=0)
+
+
+@pytest.mark.slow
+def test_a_layer_may_have_as_many_units_as_there_are_lanes() -> None:
+    lanes = [Lane(seed, SGD(lr=0.02), (ContinualBackprop(replacement_rate=0.01),)) for seed in range(8)]
+    found = []
+    for compiled in (True, False):
+        population = Population(lambda: MLP(hidden=(16, 8)).build(6, 2), Table(batch=1), lanes, compiled=compiled)
+        population.advance(20)
+        found.append(population.state.params)
+    for name, w in found[0].items():
+        torch.testing.assert_close(w, found[1][name], rtol=1e-4, atol=1e-6)

@@ -138,7 +138,8 @@ def _lanes_innermost(lanes: int) -> Iterator[None]:
             return name
         if isinstance(buffer.layout, ir.FlexibleLayout):
             size = buffer.get_size()
-            if len(size) > 1 and size[0] == lanes:
+            # A layer of as many units as there are lanes looks the same from one side; what ends in lanes is laid out.
+            if len(size) > 1 and size[0] == lanes and size[-1] != lanes:
                 buffer.freeze_layout_with_fill_order([0, *reversed(range(1, len(size)))])
         return name
 

@@ -32,19 +32,13 @@ from perennial.methods.replace import ReplacesUnits
 from perennial.noise import Noise, seed_key
 from perennial.units import Distribution, UnitLayer, UnitMap, prove, recover, trace
 from perennial.units.prove import SILENT
-from perennial.units.trace import repeats, undisturbed
+from perennial.units.trace import undisturbed
 
 KEY = "perennial"
 """Under which a keeper's state stands in ``optimizer.state_dict()``."""
 
 _ATTACHED: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Keeper]] = weakref.WeakKeyDictionary()
 """The keepers at work, by optimizer; their hooks keep them alive."""
-
-RANDOM = (
-    "the model's output is random in a way that cannot be repeated; attach with model.eval(), and call model.train() "
-    "afterwards"
-)
-"""Why a layer is refused where a generator of the model's own makes every forward pass another."""
 
 
 def attach(
@@ -524,8 +518,6 @@ def _proved(
     proofs = {proof.layer: proof for proof in prove(model, units, *args, every_pair=every_pair, **kwargs)}
     # Dead units are what these methods are there for: only a contradiction speaks against a layer.
     wrong = {name: proof.note for name, proof in proofs.items() if not proof.proved and proof.note != SILENT}
-    if wrong and not repeats(model, *args, **kwargs):
-        wrong = dict.fromkeys(wrong, RANDOM)
     kept = tuple(layer for layer in units if layer.name not in wrong)
     failed = tuple((name, f"not proved: {note}") for name, note in wrong.items())
     notes = {name: proof.note for name, proof in proofs.items() if name not in wrong and proof.note}

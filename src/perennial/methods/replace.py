@@ -226,7 +226,7 @@ class _Act:
         if by_unit and self.index is not None and part.index.shape[1] == 1:
             for unit in self.index.unbind(0):
                 mine = (self.units == unit).to(self.mark.dtype) * self.mark
-                values = fresh(_positions(part, unit.unsqueeze(0)))
+                values = fresh(part.positions(unit.unsqueeze(0)))
                 w = torch.where(part.mask(mine, w) > 0, values, w)
         else:
             w = torch.where(part.mask(self.mark, w) > 0, fresh(None), w)
@@ -237,7 +237,7 @@ class _Act:
             w.copy_(torch.where(part.mask(self.mark, w) > 0, fresh(None), w))
             return
         assert self.index is not None
-        at = _positions(part, self.index)
+        at = part.positions(self.index)
         values = fresh(at).expand(*w.shape[: part.dim], len(at), *w.shape[part.dim + 1 :])
         if self.hit is not None:
             hit = along(self.hit.repeat_interleave(part.index.shape[1]), part.dim, w.dim())
@@ -265,11 +265,6 @@ def _zero(like: Tensor) -> Fresh:
 
 def _taken(values: Tensor, dim: int) -> Fresh:
     return lambda at: values if at is None else values.index_select(dim, at)
-
-
-def _positions(part: Slice, units: Tensor) -> Tensor:
-    """The positions of some units along a slice's dimension, int64 [units x entries]."""
-    return units if part.one_to_one else part.index.to(units.device)[units].reshape(-1)
 
 
 def _elements_at(w: Tensor, dim: int, positions: Tensor) -> Tensor:
@@ -399,7 +394,7 @@ def _split(layer: UnitLayer, act: _Act, useful: Tensor) -> None:
 
         if act.context.in_place:
             act.put(part, shared)
-            mine = _positions(part, donor.unsqueeze(0))
+            mine = part.positions(donor.unsqueeze(0))
             w.index_copy_(part.dim, mine, w.index_select(part.dim, mine) * along(scale[mine], part.dim, w.dim()))
         else:
             act.params[part.parameter] = shared(None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perennial.units.map import Slice, UnitLayer, UnitMap
 from perennial.units.record import Counter
-from perennial.units.trace import copied, leaves, undisturbed
+from perennial.units.trace import copied, leaves, repeats, undisturbed
 
 
 class Proof(NamedTuple):
@@ -27,6 +27,12 @@ class Proof(NamedTuple):
 SILENT = "its units have no effect on the output for this example"
 """The note of a layer whose wiring nothing contradicts, but of which nothing was seen either: its units are dead, or
 nothing of what reads them reaches the output."""
+
+RANDOM = (
+    "the model's output is random in a way that cannot be repeated; attach with model.eval(), and call model.train() "
+    "afterwards"
+)
+"""The note of a layer that cannot be proved where a generator of the model's own makes every forward pass another."""
 
 _HELD = "with the statistics of the norms over units held fixed"
 
@@ -80,6 +86,9 @@ def prove(
                     break
             problem = problem or ("" if felt else SILENT)
         found.append(Proof(layer.name, not problem, problem or (_HELD if layer.normed else "")))
+    contradicted = [proof for proof in found if not proof.proved and proof.note != SILENT]
+    if contradicted and not repeats(model, *args, **kwargs):
+        return [proof._replace(note=RANDOM) if proof in contradicted else proof for proof in found]
     return found
 
 
