@@ -1,6 +1,6 @@
 """One conformance table for the optimizers, torch's own beside them as controls.
 
-A rule that enters ``perennial.methods.REGISTRY`` is tested here without a line added.
+A rule that enters ``perennial.methods.REGISTRY`` is tested here without a line added; some rows by ``make test-slow``.
 """
 
 from __future__ import annotations
@@ -479,7 +479,13 @@ def test_compiled_is_the_same_step(make: Make) -> None:
 # --- the arithmetic -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+QUICK = ("sgd", "adam", "upgd", "ada_upgd")
+"""Rules that are compared with a population in the quick tests; the shell is the same for all."""
+
+
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, id=r.name, marks=() if r.name in QUICK else pytest.mark.slow) for r in RULES]
+)
 def test_equals_the_lane_of_a_population(rule: type[Rule]) -> None:
     """200 steps, the same seed, a float64 lane; the lane equals an independent statement (tests/test_methods.py)."""
     settings = {"lr": 0.01} | SETTINGS.get(rule.__name__, {})
