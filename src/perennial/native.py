@@ -7,7 +7,6 @@ every parameter: the same function serves every network, and is kept on disk.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -66,7 +65,7 @@ class NativeRule:
         key, labels, step = given[1 + count :]
         noise = Noise(key, step, self.rule.name, {_NAME: labels})
         context = Context({_NAME: -grad if self.maximize else grad}, {}, noise, UnitMap(()))
-        return with_numbers(self.rule, numbers), {_NAME: w}, pytree.tree_unflatten(own[1:], self.spec), context
+        return self.rule.bound(numbers), {_NAME: w}, pytree.tree_unflatten(own[1:], self.spec), context
 
     def _shared(self, own: list[Tensor], given: list[Tensor]) -> dict[str, Tensor]:
         rule, *call = self._call(own, given)
@@ -103,7 +102,7 @@ def native_rule(
 ) -> NativeRule | None:
     """The :class:`NativeRule` of these settings, made once a process; None where there is no compiler."""
     numbers = dict.fromkeys(kind.scalars(), 0.5)
-    rule = with_numbers(kind(), {**numbers, **dict(structure)})
+    rule = kind().bound({**numbers, **dict(structure)})
     made = NativeRule(rule, dtype, maximize, threads, device)
     return None if made.step is None else made
 
@@ -112,11 +111,3 @@ def native_rule(
 def labels_of(scope: str, name: str, device: torch.device) -> Tensor:
     """The words that stand for a name in the noise, int32 [2]."""
     return torch.tensor(label_words(scope, name), dtype=torch.int32, device=device)
-
-
-def with_numbers(rule: Rule, numbers: Mapping[str, Any]) -> Rule:
-    """The rule with other values, which are not checked."""
-    copy = object.__new__(type(rule))
-    for field in dataclasses.fields(rule):
-        object.__setattr__(copy, field.name, numbers.get(field.name, getattr(rule, field.name)))
-    return copy

@@ -134,10 +134,7 @@ class RuleOptimizer(Optimizer):
         values = {field.name: group[field.name] for field in dataclasses.fields(self.rule)}
         if checked:
             return self.rule(**values)
-        rule = object.__new__(self.rule)
-        for name, value in values.items():
-            object.__setattr__(rule, name, value)
-        return rule
+        return self.rule().bound(values)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -322,8 +319,9 @@ class RuleOptimizer(Optimizer):
         """
         for entry in self.state.get(parameter, {}).values():
             if isinstance(entry, tuple):
-                counts, along = entry[dim], dim
-                if not len(self._units):  # of the matrix: rows, and the columns of all other dimensions
+                if len(self._units):
+                    counts, along = entry[dim], dim
+                else:  # of the matrix: rows, and the columns of all other dimensions
                     rows = dim == 0 and parameter.dim() > 1
                     counts = entry[0] if rows else entry[1].view(1, *parameter.shape[1 if parameter.dim() > 1 else 0 :])
                     along = 0 if rows else max(dim, 1)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from perennial.methods.base import correction
+from perennial.methods.base import unbiasing
 from perennial.optim import RuleOptimizer
 from perennial.units import along
 
@@ -213,8 +213,8 @@ def _difference(mean: Tensor, square: Tensor, ages: tuple[Tensor, ...], step: An
     own = tuple(torch.minimum(age.to(torch.float64), total) for age in ages)
 
     def update(counts: tuple[Tensor, ...]) -> Tensor:
-        first, second = (correction(counts, beta) for beta in (beta1, beta2))
-        return mean / first / (torch.sqrt(square / second) + float(group["eps"]))
+        first, second = (unbiasing(counts, beta) for beta in (beta1, beta2))
+        return mean * first / (torch.sqrt(square * second) + float(group["eps"]))
 
     wide = mean.dtype if mean.dtype == torch.float64 else torch.float32
     mean, square = mean.to(wide), square.to(wide)

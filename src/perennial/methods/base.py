@@ -148,6 +148,13 @@ class Method:
         """The fields that may differ between lanes."""
         return tuple(f.name for f in dataclasses.fields(cls) if "low" in f.metadata)
 
+    def bound(self, values: Mapping[str, Any]) -> Self:
+        """A copy with other values of some fields, which were checked before or are tensors."""
+        copy = object.__new__(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(copy, field.name, values.get(field.name, getattr(self, field.name)))
+        return copy
+
     @property
     def needs(self) -> frozenset[str]:
         """What it reads of the context beyond gradients, of ``"activations"``, ``"signals"``, ``"curvature"`` and
@@ -354,12 +361,3 @@ def unbiasing(ages: tuple[Tensor, ...], decay: Scalar) -> Tensor:
     a row and a column instead of a matrix. Broadcasts against the parameter.
     """
     return functools.reduce(torch.maximum, [once(1 / reached(decay, age)) for age in ages])
-
-
-def correction(ages: tuple[Tensor, ...], decay: Scalar) -> Tensor:
-    r"""What a moving average of ones has reached in every element: :math:`1 - \beta^t`, t the element's own age.
-
-    It grows with t, so the minimum over the dimensions is that of the youngest coordinate, and a power is computed for
-    a row and a column instead of a matrix. Broadcasts against the parameter.
-    """
-    return functools.reduce(torch.minimum, [reached(decay, age) for age in ages])

@@ -87,8 +87,5 @@ def bind(methods: Sequence[Method], numbers: dict[str, Tensor]) -> list[Method]:
     bound = []
     for position, method in enumerate(methods):
         mine = {k.partition(".")[2]: v for k, v in numbers.items() if k.partition(".")[0] == str(position)}
-        copy = object.__new__(type(method))  # past __post_init__: the values were checked when the lane was made
-        for field in dataclasses.fields(method):
-            object.__setattr__(copy, field.name, mine.get(field.name, getattr(method, field.name)))
-        bound.append(copy)
+        bound.append(method.bound(mine))
     return bound
