@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,11 +48,22 @@ def test_a_part_is_the_part_of_the_whole(kind: str) -> None:
     assert torch.equal(draw("w", torch.tensor(41, dtype=torch.int32)), whole[41])
 
 
+@pytest.mark.parametrize("shape", [(5,), (127,), (128,), (129,), (40, 33), (3, 1000)])
+@pytest.mark.parametrize("chunk", [None, 1, 300, 10**6])
+def test_all_elements_of_a_tensor_get_what_each_would(shape: tuple[int, ...], chunk: int | None) -> None:
+    like = torch.zeros(shape)
+    whole = replace(noise(5, 77, "a"), chunk=chunk).normal_like("w", like)
+    assert torch.equal(whole, noise(5, 77, "a").normal("w", elements(like)))
+
+
 def test_lanes_under_vmap_get_their_own_numbers() -> None:
     """Alone or among others, a lane draws the same numbers."""
     seeds, steps = [3, 0, 3, 9], [7, 7, 8, 0]
     keys = torch.tensor([seed_key(s, "method") for s in seeds], dtype=torch.int32)
     times = torch.tensor(steps, dtype=torch.int32)
+    together = vmap(lambda k, t: Noise(k, t, "m").normal_like("w", torch.zeros(300)))(keys, times)
+    for row, seed, step in zip(together, seeds, steps, strict=True):
+        assert torch.equal(row, noise(seed, step, "m").normal("w", count(300)))
     for kind in ("uniform", "normal"):
         together = vmap(lambda k, t, kind=kind: getattr(Noise(k, t, "m"), kind)("w", count(50)))(keys, times)
         for row, seed, step in zip(together, seeds, steps, strict=True):
@@ -222,10 +234,21 @@ def test_triples_fill_the_cube() -> None:
     assert stats.chisquare(cells.flatten()).pvalue > LEAST
 
 
-def test_normal_pairs_are_independent() -> None:
+@pytest.mark.parametrize("apart", [1, 2, 63, 64, 65, 128, 784])
+def test_normal_pairs_are_independent(apart: int) -> None:
+    """Those that share a radius, 64 apart, too."""
     z = noise(4, 2).normal("w", count(N)).double().numpy()
-    assert abs(np.corrcoef(z[1:], z[:-1])[0, 1]) < 5 / np.sqrt(N)
-    assert abs(np.corrcoef(z[1:] ** 2, z[:-1] ** 2)[0, 1]) < 5 / np.sqrt(N)
+    left, right = z[apart:], z[:-apart]
+    assert abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(N)
+    assert abs(np.corrcoef(left**2, right**2)[0, 1]) < 5 / np.sqrt(N)
+    cells = np.histogram2d(stats.norm.cdf(left), stats.norm.cdf(right), bins=32, range=[[0, 1], [0, 1]])[0]
+    assert stats.chisquare(cells.flatten()).pvalue > LEAST
+
+
+def test_normal_numbers_of_two_steps_are_independent() -> None:
+    left, right = (stats.norm.cdf(noise(4, step).normal("w", count(N)).numpy()) for step in (2, 3))
+    cells = np.histogram2d(left, right, bins=32, range=[[0, 1], [0, 1]])[0]
+    assert stats.chisquare(cells.flatten()).pvalue > LEAST
 
 
 def test_no_two_places_share_a_stream() -> None:

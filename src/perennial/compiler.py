@@ -30,8 +30,13 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"
 
 Step = Callable[[list[Tensor]], Any]
 
-_VECTOR = 8
+VECTOR = 8
 """Lanes from which they fill a vector register; fewer are laid out as Inductor likes."""
+
+_REALIZE_MANY, _REALIZE_FEW = 12, 30
+"""Operations on a value from which it is kept in memory rather than computed again by each reader. In many lanes a
+random row is cheaper kept than drawn again for every unit; in few, where the noise of a weight has one reader, keeping
+it costs a pass over memory."""
 
 _SMALL = 1 << 16
 """Elements of a matrix up to which a matrix-vector product is worth more fused than as a call to BLAS."""
@@ -74,8 +79,9 @@ def compile_step(
         graph = make_fx(pure, decomposition_table=table)(*example)
         patches = {
             "cpp.threads": threads,
+            "cpp.enable_floating_point_contract_flag": "fast",
             "unroll_reductions_threshold": 1,  # unrolling them repeats whatever was inlined into them
-            "realize_opcount_threshold": 12,  # a drawn row is cheaper kept than drawn again for every unit
+            "realize_opcount_threshold": _REALIZE_MANY if lanes >= VECTOR else _REALIZE_FEW,
             "size_asserts": False,  # the caller owns the tensors and never changes their layout
             "alignment_asserts": False,
         }
@@ -110,6 +116,7 @@ def compile_any_size(
         symbolic = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         patches = {
             "cpp.threads": threads,
+            "cpp.enable_floating_point_contract_flag": "fast",
             "unroll_reductions_threshold": 1,
             "size_asserts": False,
             "alignment_asserts": False,
@@ -134,7 +141,7 @@ def _lanes_innermost(lanes: int) -> Iterator[None]:
     def realize_by_lanes(box: Any) -> Any:
         name = realize(box)
         buffer = box.data
-        if lanes < _VECTOR or joining or not isinstance(buffer, ir.ComputedBuffer):
+        if lanes < VECTOR or joining or not isinstance(buffer, ir.ComputedBuffer):
             return name
         if isinstance(buffer.layout, ir.FlexibleLayout):
             size = buffer.get_size()

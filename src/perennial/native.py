@@ -85,10 +85,10 @@ class NativeRule:
         results = [changed[_NAME], *pytree.tree_leaves(new)]
         return [value.to(old.dtype) for value, old in zip(results, tensors[:count], strict=True)]
 
-    def common(self, group: Mapping[str, Any], key: Tensor, labels: Tensor, step: Tensor) -> list[Tensor]:
-        """What follows the gradient in both functions' arguments."""
-        numbers = [torch.as_tensor(group[name], dtype=torch.float64).to(key.device) for name in self.numbers]
-        return [*(n.reshape(()) for n in numbers), key, labels, step]
+    def given_numbers(self, group: Mapping[str, Any], device: torch.device) -> list[Tensor]:
+        """The rule's numbers as both functions take them, after the gradient and before key, labels and step."""
+        numbers = [torch.as_tensor(group[name], dtype=torch.float64).to(device) for name in self.numbers]
+        return [number.reshape(()) for number in numbers]
 
 
 @functools.cache

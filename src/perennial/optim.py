@@ -20,10 +20,13 @@ from torch.utils import _pytree as pytree
 
 from perennial.methods import REGISTRY, Context, Rule
 from perennial.methods.base import State, Tensors
-from perennial.native import labels_of, native_rule
+from perennial.native import NativeRule, labels_of, native_rule
 from perennial.noise import Noise, seed_key
 from perennial.units import UnitMap
 from perennial.units import along as _along
+
+_CHUNK = 1 << 18
+"""Normal numbers made at a time on a processor."""
 
 UNITS = "units"
 """Under which ``optimizer.state`` holds what a rule keeps by unit: {field: {layer: tensor}}."""
@@ -251,7 +254,7 @@ class RuleOptimizer(Optimizer):
                 {n: self._shown(_working(p)) for n, p in part.params.items()},
                 {n: self._shown(_gradient(p, part.group["maximize"])) for n, p in part.params.items()},
                 self._state_of(part),
-                Noise(*noise),
+                Noise(*noise, chunk=_CHUNK if noise[0].device.type == "cpu" else None),
             )
             for part, noise in zip(parts, noises, strict=True)
         ]
@@ -347,36 +350,41 @@ class RuleOptimizer(Optimizer):
             fields_of_state = kind._fields if kind is not None else ()
             fields = dataclasses.fields(self.rule)
             structure = tuple((f.name, group[f.name]) for f in fields if f.name not in scalars or group[f.name] is None)
+            made: dict[torch.dtype, tuple[NativeRule, list[Tensor]]] = {}
             for name, p in part.params.items():
-                native = native_rule(
-                    self.rule,  # type: ignore[arg-type]
-                    structure,
-                    p.dtype,
-                    group["maximize"],
-                    torch.get_num_threads(),
-                    p.device,
-                )
-                if native is None:
-                    self._compiled = False
-                    return self._run(parts)
-                entries = [self._own(p)[field] for field in fields_of_state if field in self._own(p)]
+                if p.dtype not in made:
+                    found = native_rule(
+                        self.rule,  # type: ignore[arg-type]
+                        structure,
+                        p.dtype,
+                        group["maximize"],
+                        torch.get_num_threads(),
+                        p.device,
+                    )
+                    if found is None:
+                        self._compiled = False
+                        return self._run(parts)
+                    made[p.dtype] = found, found.given_numbers(group, p.device)
+                native, numbers = made[p.dtype]
+                own = self._own(p)
+                entries = [own[field] for field in fields_of_state if field in own]
                 state = [t if t.shape != p.shape else _matrix(t) for t in pytree.tree_leaves(entries)]
-                common = native.common(group, key, labels_of(self.rule.name, name, p.device), step)
+                common = [*numbers, key, labels_of(self.rule.name, name, p.device), step]
                 assert p.grad is not None
                 grad = _matrix(p.grad if p.grad.dtype == p.dtype else p.grad.to(p.dtype))
                 jobs.append((p, native, [_matrix(p.detach()), *state], [grad, *common]))
-        for _, native, own, given in jobs:
+        for _, native, tensors, given in jobs:
             if native.survey is not None:
-                found = torch.empty(len(native.shared), dtype=native.wide, device=given[0].device)
-                native.survey([found, *own, *given])
-                for name, value in zip(native.shared, found.unbind(), strict=True):
+                surveyed = torch.empty(len(native.shared), dtype=native.wide, device=given[0].device)
+                native.survey([surveyed, *tensors, *given])
+                for name, value in zip(native.shared, surveyed.unbind(), strict=True):
                     totals.setdefault(name, []).append(value)
         most = {name: torch.stack(values).amax() for name, values in totals.items()}
-        for p, native, own, given in jobs:
+        for p, native, tensors, given in jobs:
             assert native.step is not None
-            native.step([*own, *given, _stacked([most[name] for name in native.shared], own[0])])
-            if own[0].data_ptr() != p.data_ptr():  # not contiguous: the matrix is a copy
-                p.copy_(own[0].view(p.shape))
+            native.step([*tensors, *given, _stacked([most[name] for name in native.shared], tensors[0])])
+            if tensors[0].data_ptr() != p.data_ptr():  # not contiguous: the matrix is a copy
+                p.copy_(tensors[0].view(p.shape))
             self.state[p]["step"] += 1
 
     # --- saving -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from perennial.methods.base import Context, Rule, Scalar, Tensors, number
-from perennial.noise import elements
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,6 @@ class PGD(Rule):
     def step(self, params: Tensors, state: tuple[()], context: Context) -> tuple[dict[str, Tensor], tuple[()]]:
         changed = {}
         for name, w in params.items():
-            noise = self.noise_std * context.noise.normal(name, elements(w)).to(w.dtype)
+            noise = self.noise_std * context.noise.normal_like(name, w).to(w.dtype)
             changed[name] = (1 - self.lr * self.weight_decay) * w - self.lr * (context.grads[name] + noise)
         return changed, state

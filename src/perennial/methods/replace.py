@@ -333,7 +333,7 @@ def _orthogonal(part: Slice, w: Tensor, mark: Tensor, context: Context) -> Tenso
 
     In float64: through the Gram matrix a singular value counts by its square.
     """
-    normal = context.noise.normal(part.parameter, elements(w))
+    normal = context.noise.normal_like(part.parameter, w)
     random, rows = part.gather(normal).to(torch.float64), part.gather(w).to(torch.float64)
     gone = (mark > 0).unsqueeze(1)
     others = torch.where(gone, 0.0, rows)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from perennial.methods.base import Context, Intervention, Outcome, Scalar, Tensors, choice, number
 from perennial.methods.fresh import Initial, drawn, remember, require_known
-from perennial.noise import elements
 from perennial.units import UnitMap
 
 
@@ -69,4 +68,4 @@ class ShrinkAndPerturb(Intervention):
             return state.initial[name]
         if self.perturb == "fresh":
             return drawn(name, w, context)
-        return context.noise.normal(name, elements(w)).to(w.dtype)
+        return context.noise.normal_like(name, w).to(w.dtype)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from perennial.compiler import cache_folder
+from perennial.compiler import VECTOR, cache_folder
 from perennial.population import Lane, Population
 from perennial.population.lanes import structure
 from perennial.runs.directory import read_json, write_json
@@ -24,6 +24,10 @@ from perennial.studies import Study, Variant, factory_of, seeds_of, stream_of, v
 
 _SMALL = 1 << 22
 """Bytes of state below which all lanes of a program are stacked without measuring: they stay in the cache."""
+
+_TINY = 1 << 16
+"""Bytes of one lane's state up to which lanes are stacked even where they fill no vector register: overhead is all.
+Three larger ones side by side may take far longer than one after another (measured on 784-300-150-10: 7 times)."""
 
 _LARGE = 1 << 23
 """Bytes of one lane's state from which lanes run one at a time without measuring: one alone fills the caches."""
@@ -92,7 +96,7 @@ def make_plan(study: Study, workers: int, device: torch.device) -> list[Job]:
 def lanes_per_program(variant: Variant, stream: Any, most: int, device: torch.device) -> int:
     """How many of ``most`` lanes are trained fastest side by side, each lane's time counted."""
     size = probe(variant, stream, 0).bytes_per_lane
-    if size * most <= _SMALL or most == 1:
+    if most == 1 or (size * most <= _SMALL and (most >= VECTOR or size <= _TINY)):
         return most
     if size >= _LARGE:
         return 1
