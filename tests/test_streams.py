@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from perennial import SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, SlowlyChangingRegression
-from perennial.streams import REGISTRY, PermutedMNIST, Stream
+from perennial.streams import REGISTRY, PermutedMNIST, Stream, SumOfTwo
 from perennial.streams.files import mnist, read_idx
 
 DATA = Path(os.environ.get("PERENNIAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -37,6 +37,7 @@ SMALL: dict[str, Stream] = {
     "no fast bits": SlowlyChangingRegression(slow_bits=4, fast_bits=0, flip_after=20, target_units=10),
     "digits": PermutedDigits(),
     "mnist": PermutedMNIST(task_steps=40),
+    "sum": SumOfTwo(task_steps=20),
 }
 every_stream = pytest.mark.parametrize(
     "stream", [pytest.param(s, id=n, marks=needs_mnist if n == "mnist" else ()) for n, s in SMALL.items()]
@@ -373,3 +374,22 @@ def test_says_what_is_needed_where_mnist_is_not(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
     with pytest.raises(ValueError, match=r"holds \(2, 28, 28\) bytes, MNIST \(60000, 28, 28\)"):
         PermutedMNIST().open([0], torch.device("cpu"))
+
+
+# --- sum of two -----------------------------------------------------------------------------------------------------
+
+
+def test_the_target_is_the_sum_of_the_same_two_inputs_through_a_task() -> None:
+    inputs, targets = Opened(SumOfTwo(width=4, task_steps=30), list(range(40))).examples(0, 60)
+    x, y = inputs[:, :, 0], targets[:, :, 0, 0]
+    assert float(x.min()) > -0.5
+    assert float(x.max()) < 0.5
+    pairs = [(i, j) for i in range(4) for j in range(i, 4)]
+    sums = torch.stack([x[..., i] + x[..., j] for i, j in pairs])
+    right = (sums - y).abs() < 1e-6
+    chosen = []
+    for task in (right[:, :30].all(1), right[:, 30:].all(1)):
+        assert task.sum(0).tolist() == [1] * 40
+        chosen.append(task.int().argmax(0))
+    assert set(torch.cat(chosen).tolist()) == set(range(len(pairs)))
+    assert not torch.equal(*chosen)

@@ -5,7 +5,7 @@ from perennial.attach import Keeper, attach
 from perennial.methods import *  # noqa: F403 - every method is one import away
 from perennial.networks import MLP
 from perennial.population import Lane, Population
-from perennial.streams import PermutedDigits, PermutedMNIST, SlowlyChangingRegression
+from perennial.streams import PermutedDigits, PermutedMNIST, SlowlyChangingRegression, SumOfTwo
 from perennial.units import UnitMap, prove, trace
 
 __version__ = "0.1.0"
@@ -18,11 +18,12 @@ __all__ = [
     "PermutedMNIST",
     "Population",
     "SlowlyChangingRegression",
+    "SumOfTwo",
     "UnitMap",
     "__version__",
     "attach",
     "optim",
     "prove",
     "trace",
-    *(method.__name__ for method in methods.REGISTRY),
+    *(method.__name__ for method in (*methods.REGISTRY, *methods.PROBES)),
 ]

@@ -151,6 +151,7 @@ def list_() -> None:
         ("Networks", {n.name: _first_line(n) for n in networks.REGISTRY}),
         ("Optimizer rules", {m.name: _first_line(m) for m in methods.REGISTRY if issubclass(m, Rule)}),
         ("Interventions", {m.name: _first_line(m) for m in methods.REGISTRY if not issubclass(m, Rule)}),
+        ("Probes", {m.name: _first_line(m) for m in methods.PROBES}),
     ):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, line in entries.items():

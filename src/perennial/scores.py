@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from perennial.units import UnitLayer
+
 
 def first_order(weight: Tensor, grad: Tensor) -> Tensor:
     r"""First-order estimate of the loss without a weight, minus the loss with it: :math:`-g w`, element by element.
@@ -48,6 +50,30 @@ def exact_utility(loss: Callable[[Mapping[str, Tensor]], Tensor], name: str, wei
         return loss({name: torch.where(element == gone, 0.0, weight)})
 
     return torch.vmap(without, chunk_size=1024)(element.flatten()).reshape(weight.shape) - loss({})
+
+
+def exact_utility_of_units(
+    loss: Callable[[Mapping[str, Tensor]], Tensor], layer: UnitLayer, params: Mapping[str, Tensor]
+) -> Tensor:
+    r"""The loss without a unit's output, minus the loss with it, for every unit of a layer.
+
+    One forward pass a unit, side by side: for study, not for training.
+
+    Args:
+        loss: the loss [] as a function of the parameters that change, by name.
+        layer: of the unit map.
+        params: by name, those that read the layer at least.
+
+    Returns:
+        [units].
+    """
+
+    def without(unit: Tensor) -> Tensor:
+        parts = {part.parameter: part for part in layer.outgoing}
+        return loss({n: torch.where(part.mask(unit, params[n]) > 0, 0.0, params[n]) for n, part in parts.items()})
+
+    each = torch.eye(layer.size, device=params[layer.outgoing[0].parameter].device)
+    return torch.vmap(without)(each) - loss({})
 
 
 def mean_activation(activation: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from perennial.methods.shrink_and_perturb import ShrinkAndPerturb
 from perennial.methods.spectral_regularisation import SpectralRegularisation
 from perennial.methods.synaptic_intelligence import SynapticIntelligence
 from perennial.methods.upgd import UPGD
+from perennial.methods.utility_quality import UtilityQuality
 from perennial.methods.wasserstein_init import WassersteinInit
 from perennial.methods.weight_clipping import WeightClipping
 
@@ -58,12 +59,16 @@ REGISTRY: tuple[type[Method], ...] = (
     SelfNormalizedResets,
 )
 
+PROBES: tuple[type[Intervention], ...] = (UtilityQuality,)
+"""Interventions that change nothing and measure something."""
+
 __all__ = [
     "DASH",
     "EWC",
     "FIRE",
     "MAS",
     "PGD",
+    "PROBES",
     "REGISTRY",
     "SGD",
     "UPGD",
@@ -90,6 +95,7 @@ __all__ = [
     "ShrinkAndPerturb",
     "SpectralRegularisation",
     "SynapticIntelligence",
+    "UtilityQuality",
     "WassersteinInit",
     "WeightClipping",
 ]

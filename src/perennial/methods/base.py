@@ -245,6 +245,14 @@ class Intervention(Method):
         state there. Empty for a method that replaces none."""
         return {}
 
+    MEASURES: ClassVar[tuple[str, ...]] = ()
+    """The metrics that :meth:`measured` gives."""
+
+    def measured(self, state: State) -> dict[str, float]:
+        """What the method found out by the last step, of one lane, by metric: not part of the step, and run only when
+        a population is measured."""
+        return {}
+
     def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
         """The parameters that it may change, by name, to be shown. All, unless the method says otherwise."""
         return list(params)

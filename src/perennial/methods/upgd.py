@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from perennial.methods.base import Context, Rule, Scalar, Tensors, choice, number, reached, start_ages, unbiasing
-from perennial.noise import elements, once
-from perennial.scores import exact_utility, first_order, second_order
+from perennial.noise import once
+from perennial.scores import exact_utility, exact_utility_of_units, first_order, second_order
 from perennial.units import Slice, UnitLayer, UnitMap
 
 
@@ -124,7 +124,8 @@ class UPGD(Rule):
     def _of_units(self, layer: UnitLayer, params: Tensors, context: Context) -> Tensor:
         """This step's utility of every unit of a layer, [units]."""
         if self.order == "exact":
-            return _exact_of_units(layer, params, context)
+            assert context.loss is not None, "the loss was asked for by `needs`"
+            return exact_utility_of_units(context.loss, layer, params)
         read = [part.gather(self._instant(part.parameter, params[part.parameter], context)) for part in layer.outgoing]
         return functools.reduce(torch.add, [u.sum(1) for u in read])
 
@@ -197,7 +198,7 @@ class UPGD(Rule):
         factor = 2.0 if self.doubled else 1.0
         if free is None:
             return grad
-        noise = self.noise_std * context.noise.normal(name, elements(w)).to(w.dtype)
+        noise = self.noise_std * context.noise.normal_like(name, w).to(w.dtype)
         return factor * ((grad + noise) * free if self.protect else grad + noise * free)
 
 
@@ -215,15 +216,3 @@ def _joined(before: Tensor | float | None, part: Slice, of_units: Tensor, w: Ten
     there = part.mask(torch.ones_like(of_units), w)
     rest = before if isinstance(before, Tensor) else torch.ones_like(mine)
     return torch.where(there > 0, mine, rest)
-
-
-def _exact_of_units(layer: UnitLayer, params: Tensors, context: Context) -> Tensor:
-    """The loss without each unit's output, minus the loss, [units]."""
-    loss = context.loss
-    assert loss is not None, "the loss was asked for by `needs`"
-
-    def without(unit: Tensor) -> Tensor:
-        parts = {part.parameter: part for part in layer.outgoing}
-        return loss({n: torch.where(part.mask(unit, params[n]) > 0, 0.0, params[n]) for n, part in parts.items()})
-
-    return torch.vmap(without)(torch.eye(layer.size, device=params[layer.tap].device)) - loss({})

@@ -29,7 +29,7 @@ _CHUNK_BYTES = 1 << 25
 """Examples are made this much at a time."""
 
 METRICS = ("dead_units", "weight_magnitude", "effective_rank_entropy", "units_replaced")
-"""What :meth:`Population.measure` can say, besides the online loss and accuracy."""
+"""What :meth:`Population.measure` can say, besides the online loss and accuracy and what methods measure."""
 
 
 class Population:
@@ -489,12 +489,14 @@ class Population:
         gone = self.state.diverged >= 0
         return {name: torch.where(gone, torch.nan, value) for name, value in found.items()}
 
-    def measure(self, names: Sequence[str] = METRICS, samples: int = 1000) -> dict[str, Tensor]:
+    def measure(self, names: Sequence[str] | None = None, samples: int = 1000) -> dict[str, Tensor]:
         """Diagnostics of every lane now, float64 [lanes], on fresh inputs of the task in force; changes nothing.
 
+        All of them are :data:`METRICS` and what the lanes' interventions measure (their ``MEASURES``).
         A metric that does not apply to this network is missing from the answer; :meth:`inapplicable` says why.
         """
-        wanted = [name for name in names if name not in self.inapplicable()]
+        told = [name for method in self.lanes[0].interventions for name in method.MEASURES]
+        wanted = [name for name in names or (*METRICS, *told) if name not in self.inapplicable()]
         found: dict[str, Tensor] = {}
         if "units_replaced" in wanted:
             found["units_replaced"] = self.state.replaced / sum(layer.size for layer in self.units)
@@ -515,8 +517,21 @@ class Population:
                 found |= vmap(one, in_dims=-1)(
                     self.state.params, probe.index_select(-1, self._lane_seed[: len(self.lanes)])
                 )
+        if set(told) & set(wanted):
+            found |= self._told()
         gone = self.state.diverged >= 0
         return {name: torch.where(gone, torch.nan, found[name].to(torch.float64)) for name in wanted}
+
+    def _told(self) -> dict[str, Tensor]:
+        """What the interventions have measured, [lanes]."""
+        rows = []
+        for number, lane in enumerate(self.lanes):
+            row: dict[str, float] = {}
+            for method, own in zip(lane.interventions, self.state.methods[1:], strict=True):
+                row |= method.measured(pytree.tree_map(lambda leaf, at=number: leaf[..., at], own))
+            rows.append(row)
+        told = {name: [row[name] for row in rows] for name in rows[0]}
+        return {n: torch.tensor(v, dtype=torch.float64, device=self.device) for n, v in told.items()}
 
     def inapplicable(self) -> dict[str, str]:
         """Metrics that mean nothing for this network, with the reason."""

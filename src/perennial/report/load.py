@@ -58,6 +58,8 @@ class Part:
     """Name and settings of the network."""
     steps: int
     """Examples in the whole run."""
+    judged_by: str | None
+    """The metric that the study says."""
     seeds: tuple[int, ...]
     """One lane of each method and setting for each."""
     methods: tuple[Method, ...]
@@ -139,6 +141,7 @@ def _part(key: str, part: dict[str, Any], alone: bool) -> Part:
         stream=part["stream"],
         network=part["network"],
         steps=int(part["steps"]),
+        judged_by=part.get("judged_by"),
         seeds=tuple(range(seeds) if isinstance(seeds, int) else seeds),
         methods=tuple(_method(name, method) for name, method in part["methods"].items()),
     )

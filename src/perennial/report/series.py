@@ -35,6 +35,8 @@ MEASURES = {
     "weight_magnitude": Measure("Mean weight magnitude"),
     "effective_rank_entropy": Measure("Effective rank (entropy)"),
     "units_replaced": Measure("Replacements per unit so far"),
+    "utility_spearman": Measure("Spearman correlation with the exact utility", higher_is_better=True),
+    "utility_kendall": Measure("Kendall correlation with the exact utility", higher_is_better=True),
 }
 """The metrics that have a name for readers; those after the first two are diagnostics, shown in this order."""
 
@@ -61,7 +63,9 @@ class Series:
 
 
 def main_metric(run: Run, part: Part) -> str:
-    """What the part is judged by: accuracy where there is one, or the loss."""
+    """What the part is judged by: what the study says, or else accuracy where there is one, or the loss."""
+    if part.judged_by:
+        return part.judged_by
     found = run.results.filter(pl.col("part") == part.key).get_column("metric").unique()
     return ACCURACY if ACCURACY in found else LOSS
 
@@ -70,7 +74,8 @@ def diagnostics(run: Run, part: Part) -> list[str]:
     """The metrics of a part besides what it is judged by: the known ones in their order, then any others by name."""
     found = set(run.results.filter(pl.col("part") == part.key).get_column("metric").unique())
     known = [name for name in MEASURES if name in found]
-    return [name for name in known + sorted(found - set(known)) if name not in (ACCURACY, LOSS)]
+    main = {ACCURACY, LOSS} if part.judged_by is None else {part.judged_by}
+    return [name for name in known + sorted(found - set(known)) if name not in main]
 
 
 def series_of(run: Run, part: Part, metric: str) -> list[Series]:

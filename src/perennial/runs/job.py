@@ -59,6 +59,7 @@ def run_job(
         device=device,
         threads=threads,
         plasticity_every=part.plasticity_every,
+        dtype=getattr(torch, part.dtype),
     )
     saved = folder.load()
     if saved is not None:

@@ -7,7 +7,17 @@ from perennial.streams.base import Examples, Feed, Stream
 from perennial.streams.permuted_digits import PermutedDigits
 from perennial.streams.permuted_mnist import PermutedMNIST
 from perennial.streams.slowly_changing_regression import SlowlyChangingRegression
+from perennial.streams.sum_of_two import SumOfTwo
 
-REGISTRY: tuple[type[Stream], ...] = (SlowlyChangingRegression, PermutedDigits, PermutedMNIST)
+REGISTRY: tuple[type[Stream], ...] = (SlowlyChangingRegression, PermutedDigits, PermutedMNIST, SumOfTwo)
 
-__all__ = ["REGISTRY", "Examples", "Feed", "PermutedDigits", "PermutedMNIST", "SlowlyChangingRegression", "Stream"]
+__all__ = [
+    "REGISTRY",
+    "Examples",
+    "Feed",
+    "PermutedDigits",
+    "PermutedMNIST",
+    "SlowlyChangingRegression",
+    "Stream",
+    "SumOfTwo",
+]

@@ -10,7 +10,18 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from perennial.studies.schema import MethodEntry, Part, Study, StudyError, nearest, seeds_of, stream_of, variants_of
+from perennial.population import METRICS
+from perennial.studies.schema import (
+    MethodEntry,
+    Part,
+    Study,
+    StudyError,
+    Variant,
+    nearest,
+    seeds_of,
+    stream_of,
+    variants_of,
+)
 
 Lines = dict[str, str]
 """Where each dotted key stands: "steps" -> "my-study.yaml, line 4"."""
@@ -169,11 +180,28 @@ def _check(key: str, part: Part) -> None:
     where = f"parts.{key}"
     seeds_of(part, where)
     stream_of(part, where)
-    variants_of(part, key, where)
+    variants = variants_of(part, key, where)
+    _check_metric(part, variants, where)
     if part.bin > part.steps:
         raise StudyError(f"{where}.bin is {part.bin}, longer than the run of {part.steps} steps; make it at most that")
     if part.measure_every is not None and part.measure_every % part.bin:
         raise StudyError(f"{where}.measure_every is {part.measure_every}; it must be a multiple of bin, {part.bin}")
+
+
+def _check_metric(part: Part, variants: Sequence[Variant], where: str) -> None:
+    """That every method has what the part is judged by."""
+    if part.judged_by is None:
+        return
+    every = ["online_loss", *METRICS]
+    every += ["online_accuracy"] if stream_of(part, where).task == "classification" else []
+    every += ["sample_plasticity"] if part.plasticity_every else []
+    for variant in variants:
+        known = [*every, *(name for method in variant.interventions for name in method.MEASURES)]
+        if part.judged_by not in known:
+            raise StudyError(
+                f"{where}.judged_by is {part.judged_by!r}, which nothing measures with {variant.method}; "
+                f"{nearest(part.judged_by, known)}"
+            )
 
 
 def _explain(error: ValidationError, lines: Lines) -> str:

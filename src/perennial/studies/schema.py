@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -61,6 +61,11 @@ class Part(_Strict):
     """Steps between diagnostics, a multiple of ``bin``; every bin if left out."""
     plasticity_every: int | None = Field(default=None, gt=0)
     """Steps between samples at which the sample plasticity is taken; never if left out."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Numbers in which the lanes are trained."""
+    judged_by: str | None = None
+    """The metric of the learning curves and tables, one that is measured; the online accuracy, or where there is none
+    the online loss, if left out."""
     seeds: int | list[int]
     """How many, or which."""
     methods: dict[str, MethodEntry] = Field(min_length=1)
@@ -203,7 +208,7 @@ def seeds_of(part: Part, where: str) -> list[int]:
 def variants_of(part: Part, key: str, where: str) -> list[Variant]:
     """Every method of a part at every point of its grid."""
     rules = [m for m in methods.REGISTRY if issubclass(m, Rule)]
-    others = [m for m in methods.REGISTRY if issubclass(m, Intervention)]
+    others = [m for m in (*methods.REGISTRY, *methods.PROBES) if issubclass(m, Intervention)]
     found = []
     for name, entry in part.methods.items():
         here = f"{where}.methods.{name}"
