@@ -77,7 +77,9 @@ def _class_pages() -> Iterator[tuple[str, str]]:
     for method in methods.REGISTRY:
         kind = "An optimizer rule" if issubclass(method, methods.Rule) else "An intervention"
         summary = f"{kind}, ``{method.name}`` in a study."
-        yield f"methods/{method.name}", _page(method, summary, _off(method), _state(method))
+        yield f"methods/{method.name}", _page(method, summary, _off(method), _state(method), _gate(method))
+    for probe in methods.PROBES:
+        yield f"methods/{probe.name}", _page(probe, f"A probe, ``{probe.name}`` in a study.", _state(probe))
     for stream in streams.REGISTRY:
         shape = f"{stream().inputs} inputs, {stream().outputs} outputs, {stream.task}"
         yield f"streams/{stream.name}", _page(stream, f"``{stream.name}`` in a study: {shape}.")
@@ -129,6 +131,22 @@ def _allowed(field: dataclasses.Field[Any]) -> str:
     edges = [f"{'above' if field.metadata['open_low'] else 'at least'} {low:g}"] if low > -math.inf else []
     edges += [f"{'below' if field.metadata['open_high'] else 'at most'} {high:g}"] if high < math.inf else []
     return (" and ".join(edges) or "any number").capitalize() + ". May differ from lane to lane."
+
+
+def _gate(method: type[methods.Method]) -> str:
+    """The picture of what a method protects, where there is one."""
+    name = f"gate-{method.name}.svg"
+    if not (Path(__file__).parent / "figures" / name).exists():
+        return ""
+    return "\n".join(
+        [
+            _heading("What it protects", "-"),
+            "Every weight of the first layer of a network that has learned the sum of the first two of its inputs; what",
+            "is drawn is said beside the colours. Made by ``python examples/gates.py --out FOLDER``, seed 0.\n",
+            f".. figure:: ../../figures/{name}",
+            f"   :alt: What {method.__name__} protects, weight by weight, and by whether the input matters\n",
+        ]
+    )
 
 
 def _off(method: type[methods.Method]) -> str:
