@@ -141,8 +141,8 @@ def _gate(method: type[methods.Method]) -> str:
     return "\n".join(
         [
             _heading("What it protects", "-"),
-            "Every weight of the first layer of a network that has learned the sum of the first two of its inputs; what",
-            "is drawn is said beside the colours. Made by ``python examples/gates.py --out FOLDER``, seed 0.\n",
+            "Every weight of the first layer of a network that has learned the sum of the first two of its inputs;",
+            "what is drawn is said beside the colours. Made by ``python examples/gates.py --out FOLDER``, seed 0.\n",
             f".. figure:: ../../figures/{name}",
             f"   :alt: What {method.__name__} protects, weight by weight, and by whether the input matters\n",
         ]

@@ -875,7 +875,7 @@ def test_ddp_processes_stay_equal_and_train_like_one(processes: int, tmp_path: P
             assert all(torch.equal(a, b) for a, b in zip(state, their_state, strict=True)), label
         model, keeper = whole_batch(METHODS[first_is(label)[0]])
         assert count == keeper.replaced(), label
-        assert sum(count.values()) > 1 or not count
+        assert sum(count.values()) or not count
         for name, w in model.state_dict().items():
             torch.testing.assert_close(weights[name], w, rtol=1e-3, atol=1e-4, msg=lambda m, k=label: f"{k}: {m}")
     flattened, sharded = ranks[0]["refused"]
