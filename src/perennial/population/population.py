@@ -492,7 +492,7 @@ class Population:
     def measure(self, names: Sequence[str] | None = None, samples: int = 1000) -> dict[str, Tensor]:
         """Diagnostics of every lane now, float64 [lanes], on fresh inputs of the task in force; changes nothing.
 
-        All of them are :data:`METRICS` and what the lanes' interventions measure (their ``MEASURES``).
+        All of them are ``METRICS`` and what the lanes' interventions measure (their ``MEASURES``).
         A metric that does not apply to this network is missing from the answer; :meth:`inapplicable` says why.
         """
         told = [name for method in self.lanes[0].interventions for name in method.MEASURES]
