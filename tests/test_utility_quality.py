@@ -12,6 +12,7 @@ from references import populate, same
 from scipy import stats
 from torch import Tensor, nn
 
+import perennial
 from perennial import MLP, SGD, Lane, Population, SumOfTwo, UtilityQuality
 from perennial.methods import PROBES
 from perennial.studies import load, variants_of
@@ -166,6 +167,20 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         UtilityQuality(score="contribution")
     with pytest.raises(ValueError, match="has none"):
         populate([Lane(0, SGD(), (UtilityQuality(granularity="feature"),))], hidden=())
+
+
+def test_a_probe_is_not_attached() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="UtilityQuality is a probe, which only measures: give it to a Lane"):
+        perennial.attach(UtilityQuality(), model, optimizer)
+
+
+def test_only_what_is_asked_for_is_measured() -> None:
+    ours = population("first_order", "weight")
+    assert ours.measure(()) == {}
+    assert set(ours.measure(["utility_kendall"])) == {"utility_kendall"}
+    assert set(UtilityQuality.MEASURES) < set(ours.measure())
 
 
 def test_the_study_measures_every_score() -> None:

@@ -125,7 +125,7 @@ class Noise:
         return radius * _cosine(angle - (second << 30))
 
     def normal_like(self, name: str, like: Tensor) -> Tensor:
-        """:meth:`normal` for every element of a tensor, its shape: the same numbers in about half the time."""
+        """:meth:`normal` for every element of a tensor, its shape: the same numbers, a radius for every two."""
         count = like.numel()
         if count < 2 * _BLOCK:
             return self.normal(name, elements(like))

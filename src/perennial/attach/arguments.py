@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from perennial.methods import Intervention
+from perennial.methods import PROBES, Intervention
 from perennial.methods.base import Method, Rule
 from perennial.units import Distribution, build_and_record
 
@@ -22,6 +22,10 @@ def checked_method(method: Any, model: Any, optimizer: Any) -> Intervention:
     Raises:
         TypeError: it is none; says what it is instead and what to pass.
     """
+    if isinstance(method, PROBES):
+        raise TypeError(
+            f"{type(method).__name__} is a probe, which only measures: give it to a Lane of a Population, or a study"
+        )
     if isinstance(method, Intervention):
         return method
     if isinstance(method, (nn.Module, Optimizer)) or any(isinstance(other, Method) for other in (model, optimizer)):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from perennial import scores
 from perennial.methods.base import Context, Intervention, Tensors, choice
 from perennial.noise import elements
-from perennial.units import UnitLayer
+from perennial.units import UnitLayer, UnitMap
 
 
 class UtilityQualityState(NamedTuple):
@@ -78,17 +77,17 @@ class UtilityQuality(Intervention):
         more = {"second_order": "curvature", "contribution": "activations"}.get(self.score)
         return frozenset({"loss", more} if more else {"loss"})
 
-    def init(self, params: Tensors, units: Any) -> UtilityQualityState:
+    def init(self, params: Tensors, units: UnitMap) -> UtilityQualityState:
         if self.granularity == "feature" and not len(units):
             raise ValueError(f"{self.name} with granularity='feature' orders hidden units, and the network has none")
-        zero = {n: torch.zeros_like(w) for n, w in params.items()}
         if self.granularity == "feature":
             zero = {layer.name: params[layer.outgoing[0].parameter].new_zeros(layer.size) for layer in units}
-        return UtilityQualityState(
-            {n: w.clone() for n, w in params.items()}, zero, {n: z.clone() for n, z in zero.items()}
-        )
+        else:
+            zero = {n: torch.zeros_like(w) for n, w in params.items()}
+        before = {n: w.clone() for n, w in params.items()}
+        return UtilityQualityState(before, zero, {n: z.clone() for n, z in zero.items()})
 
-    def acts_on(self, params: Tensors, units: Any) -> list[str]:
+    def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
         return []
 
     def step(
@@ -117,37 +116,36 @@ class UtilityQuality(Intervention):
         return {}, UtilityQualityState({n: w.clone() for n, w in params.items()}, score, exact)
 
     def _of_weights(self, name: str, w: Tensor, context: Context) -> Tensor:
-        grad = context.grads[name]
-        first = scores.first_order(w, grad)
-        found: dict[str, Callable[[], Tensor]] = {
-            "second_order": lambda: scores.second_order(w, grad, context.curvature[name]),
-            "magnitude": w.abs,
-            "squared_gradient": grad.square,
-            "snip": first.abs,
-            "fisher": lambda: first.square() / 2,
-            "random": lambda: context.noise.uniform(name, elements(w)).to(w.dtype),
-        }
-        return found.get(self.score, lambda: first)()
+        if self.score == "random":
+            return context.noise.uniform(name, elements(w)).to(w.dtype)
+        return self._whole(self._part(w, name, context))
 
     def _of_units(self, layer: UnitLayer, params: Tensors, context: Context) -> Tensor:
-        def total(score: Callable[[str], Tensor]) -> Tensor:
-            return functools.reduce(torch.add, [part.gather(score(part.parameter)).sum(1) for part in layer.outgoing])
+        read = [(part, params[part.parameter]) for part in layer.outgoing]
+        if self.score == "random":
+            units = torch.arange(layer.size, dtype=torch.int32, device=read[0][1].device)
+            return context.noise.uniform(layer.name, units).to(read[0][1].dtype)
+        if self.score == "contribution":
+            return scores.contribution(context.activations[layer.name], *(part.gather(w) for part, w in read))
+        totals = [part.gather(self._part(w, part.parameter, context)).sum(1) for part, w in read]
+        return self._whole(functools.reduce(torch.add, totals))
 
-        first = total(lambda n: scores.first_order(params[n], context.grads[n]))
-        found: dict[str, Callable[[], Tensor]] = {
-            "second_order": lambda: total(
-                lambda n: scores.second_order(params[n], context.grads[n], context.curvature[n])
-            ),
-            "magnitude": lambda: total(lambda n: params[n].abs()),
-            "squared_gradient": lambda: total(lambda n: context.grads[n].square()),
-            "snip": first.abs,
-            "fisher": lambda: first.square() / 2,
-            "contribution": lambda: scores.contribution(
-                context.activations[layer.name], *(part.gather(params[part.parameter]) for part in layer.outgoing)
-            ),
-            "random": lambda: context.noise.uniform(layer.name, elements(first)).to(first.dtype),
-        }
-        return found.get(self.score, lambda: first)()
+    def _part(self, w: Tensor, name: str, context: Context) -> Tensor:
+        """What is summed over the weights of a unit, by weight."""
+        if self.score == "magnitude":
+            return w.abs()
+        grad = context.grads[name]
+        if self.score == "squared_gradient":
+            return grad.square()
+        if self.score == "second_order":
+            return scores.second_order(w, grad, context.curvature[name])
+        return scores.first_order(w, grad)
+
+    def _whole(self, total: Tensor) -> Tensor:
+        """The score of what was summed up, or of a weight's own part."""
+        if self.score == "snip":
+            return total.abs()
+        return total.square() / 2 if self.score == "fisher" else total
 
     def measured(self, state: UtilityQualityState) -> dict[str, float]:
         from scipy import stats

@@ -496,7 +496,7 @@ class Population:
         A metric that does not apply to this network is missing from the answer; :meth:`inapplicable` says why.
         """
         told = [name for method in self.lanes[0].interventions for name in method.MEASURES]
-        wanted = [name for name in names or (*METRICS, *told) if name not in self.inapplicable()]
+        wanted = [name for name in ((*METRICS, *told) if names is None else names) if name not in self.inapplicable()]
         found: dict[str, Tensor] = {}
         if "units_replaced" in wanted:
             found["units_replaced"] = self.state.replaced / sum(layer.size for layer in self.units)

@@ -27,7 +27,7 @@ _SMALL = 1 << 22
 
 _TINY = 1 << 16
 """Bytes of one lane's state up to which lanes are stacked even where they fill no vector register: overhead is all.
-Three larger ones side by side may take far longer than one after another (measured on 784-300-150-10: 7 times)."""
+A few larger ones side by side, of 784-300-150-10 for one, take far longer than one after another."""
 
 _LARGE = 1 << 23
 """Bytes of one lane's state from which lanes run one at a time without measuring: one alone fills the caches."""
