@@ -21,7 +21,7 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import rst
 
 import perennial
-from perennial import methods, networks, streams, studies
+from perennial import methods, metrics, networks, streams, studies
 
 project = "Perennial"
 author = "the Perennial authors"
@@ -62,7 +62,7 @@ def _keep_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, line
 
 def write_pages() -> None:
     """Bring docs/generated up to date; a page that stays the same is left alone, so Sphinx does not read it again."""
-    pages = dict([*_class_pages(), *_study_pages()])
+    pages = dict([*_class_pages(), *_metric_pages(), *_study_pages()])
     for name, text in pages.items():
         path = GENERATED / f"{name}.rst"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,30 @@ def _class_pages() -> Iterator[tuple[str, str]]:
         yield f"streams/{stream.name}", _page(stream, f"``{stream.name}`` in a study: {shape}.")
     for network in networks.REGISTRY:
         yield f"networks/{network.name}", _page(network, f"``{network.name}`` in a study.")
+
+
+def _metric_pages() -> Iterator[tuple[str, str]]:
+    """A page a metric, and a table of all of them."""
+    rows = []
+    for name, metric in metrics.METRICS.items():
+        better = {"neither": "neither way is better"}.get(metric.better, f"{metric.better} is better")
+        needs = {"": "any", "rectified": "exactly zero over a range", "bounded": "two bounds"}
+        applies = needs.get(metric.needs, "exactly zero over a range, or two bounds")
+        summary = f"Taken of {metric.of}; in [{metric.low:g}, {metric.high:g}]; {better}."
+        if metric.needs:
+            summary += f" Of activation functions with {applies}."
+        record = f".. currentmodule:: perennial.metrics\n\n.. autofunction:: {name}\n"
+        yield f"metrics/{name}", "\n".join([_heading(name), f"{metric.title}. {summary}", "", record])
+        rows.append(
+            (f":doc:`{name}`", metric.title, metric.of, f"{metric.low:g} to {metric.high:g}", metric.better, applies)
+        )
+    table = [".. list-table::", "   :header-rows: 1", ""]
+    for row in (("Name", "What", "Taken of", "Range", "Better", "Activation function"), *rows):
+        table += [f"   {'*' if number == 0 else ' '} - {cell}" for number, cell in enumerate(row)]
+    words = [f"``{word}``\n   {rst.escape(text)}.\n" for word, text in metrics.registry.AMBIGUOUS.items()]
+    toctree = [".. toctree::", "   :hidden:", "", *(f"   {name}" for name in metrics.METRICS)]
+    parts = [_heading("Metrics of a network"), *table, "", _heading("Words that mean several things", "-"), *words]
+    yield "metrics/index", "\n".join([*parts, *toctree, ""])
 
 
 def _page(cls: Any, summary: str, *more: str) -> str:

@@ -14,7 +14,18 @@ from references import SIZES, Table, lane, populate, same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perennial import MLP, SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, Population, ShrinkAndPerturb
+from perennial import (
+    MLP,
+    SGD,
+    UPGD,
+    Adam,
+    ContinualBackprop,
+    Lane,
+    PermutedDigits,
+    Population,
+    ShrinkAndPerturb,
+    metrics,
+)
 from perennial.methods import Context, Intervention, Outcome, Regulariser, Scalar
 from perennial.methods.base import number as scalar
 from perennial.methods.base import whole, whole_parameter
@@ -169,6 +180,32 @@ def test_inapplicable_metrics_are_left_out_with_a_reason() -> None:
     linear = populate([Lane(0, SGD())], hidden=())
     assert set(linear.measure()) == {"weight_magnitude"}
     assert set(linear.inapplicable()) == {"dead_units", "effective_rank_entropy", "units_replaced"}
+    assert "saturated_units" not in smooth.inapplicable(["saturated_units", "dead_units"])
+    with pytest.raises(ValueError, match="a population does not measure 'sharpness'; it measures dead_units, "):
+        smooth.measure(["sharpness"])
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_any_metric_of_units_features_and_weights_can_be_asked_for(activation: str) -> None:
+    """Every lane's value is what the metric's function gives for that lane's activations and weights."""
+    make = lambda: MLP(hidden=(6, 5), activation=activation).build(SIZES[0], SIZES[-1])  # noqa: E731
+    population = Population(make, Table(), [sgd(0), sgd(1)], dtype=torch.float64, compiled=False)
+    population.advance(20)
+    names = [name for name, metric in metrics.METRICS.items() if metric.of in ("units", "features", "weights")]
+    values = population.measure(names, samples=40)
+    assert set(values) == set(names) - set(population.inapplicable(names))
+    assert ("dead_units" in values, "saturated_units" in values) == (activation == "relu", activation == "tanh")
+    x = population.feed.probe(20, 40).double().movedim(-1, 0)
+    shape = torch.relu if activation == "relu" else torch.tanh
+    for number in range(2):
+        params = lane(population, number).params
+        h = shape(x[number] @ params["1.weight"].T + params["1.bias"])
+        hidden = [h, shape(h @ params["3.weight"].T + params["3.bias"])]
+        for name, value in values.items():
+            function = metrics.METRICS[name].function
+            taken = {"units": hidden, "features": hidden[-1], "weights": params}[metrics.METRICS[name].of]
+            bounds = {"low": -1.0, "high": 1.0} if (name, activation) == ("feature_activity", "tanh") else {}
+            assert float(value[number]) == pytest.approx(float(function(taken, **bounds)), rel=1e-9, abs=1e-12), name
 
 
 def test_collect_gives_means_and_starts_anew() -> None:

@@ -98,18 +98,6 @@ class Linear:
 REGISTRY: tuple[type[MLP] | type[Linear], ...] = (MLP, Linear)
 
 
-def rectified(model: nn.Module) -> bool:
-    """Whether a unit of the network can be exactly zero on every sample (dead): it has a rectifier.
-
-    False where every activation function found is smooth or signed; True where none is found, since then nothing is
-    known.
-    """
-    signed = (nn.Sigmoid, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.Identity, nn.GELU, nn.SELU, nn.Softplus, nn.Mish)
-    rectifiers = (nn.ReLU, nn.ReLU6, CReLU)
-    found = [m for m in model.modules() if isinstance(m, (nn.Hardtanh, DeepFourier, *rectifiers, *signed))]
-    return not found or any(isinstance(m, rectifiers) for m in found)
-
-
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over the batch of the squared error, summed over outputs. [batch, outputs] twice -> []."""
     return ((output - target) ** 2).sum(-1).mean()

@@ -23,13 +23,13 @@ from perennial.methods.base import Tensors
 from perennial.noise import Noise, seed_key
 from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
 from perennial.streams import Stream
-from perennial.units import build_and_record, trace
+from perennial.units import build_and_record, nonlinearities, trace
 
 _CHUNK_BYTES = 1 << 25
 """Examples are made this much at a time."""
 
 METRICS = ("dead_units", "weight_magnitude", "effective_rank_entropy", "units_replaced")
-"""What :meth:`Population.measure` can say, besides the online loss and accuracy and what methods measure."""
+"""What :meth:`Population.measure` says if not asked for anything else, besides what methods measure."""
 
 
 class Population:
@@ -90,6 +90,7 @@ class Population:
         self._check_fit(example)
         self.units = trace(self.model, example, initial=initial).interior()
         self._check_groups()
+        self._nonlinearities = nonlinearities(self.model, self.units, example)
         for lane in lanes:
             if [structure(m) for m in lane.methods] != [structure(m) for m in lanes[0].methods]:
                 raise ValueError(
@@ -492,26 +493,35 @@ class Population:
     def measure(self, names: Sequence[str] | None = None, samples: int = 1000) -> dict[str, Tensor]:
         """Diagnostics of every lane now, float64 [lanes], on fresh inputs of the task in force; changes nothing.
 
-        All of them are ``METRICS`` and what the lanes' interventions measure (their ``MEASURES``).
         A metric that does not apply to this network is missing from the answer; :meth:`inapplicable` says why.
+
+        Args:
+            names: ``"units_replaced"``, what the lanes' interventions measure (their ``MEASURES``), and any of
+                :data:`perennial.metrics.METRICS` that is taken of units, of features (those of the last hidden layer)
+                or of weights. None: the module's ``METRICS`` and the interventions' measures.
+            samples: inputs.
+
+        Raises:
+            ValueError: something else is asked for.
         """
         told = [name for method in self.lanes[0].interventions for name in method.MEASURES]
-        wanted = [name for name in ((*METRICS, *told) if names is None else names) if name not in self.inapplicable()]
+        asked = (*METRICS, *told) if names is None else tuple(names)
+        self._check_names(asked, told)
+        gone = self.inapplicable(asked)
+        wanted = [name for name in asked if name not in gone]
+        kinds = {name: metrics.METRICS[name].of for name in wanted if name in metrics.METRICS}
         found: dict[str, Tensor] = {}
         if "units_replaced" in wanted:
             found["units_replaced"] = self.state.replaced / sum(layer.size for layer in self.units)
-        if "weight_magnitude" in wanted:
-            magnitude = vmap(lambda p: metrics.weight_magnitude(list(p.values())), in_dims=-1)
-            found["weight_magnitude"] = magnitude(self.state.params)
-        if {"dead_units", "effective_rank_entropy"} & set(wanted):
+        for name in (name for name, kind in kinds.items() if kind == "weights"):
+            found[name] = vmap(metrics.METRICS[name].function, in_dims=-1)(self.state.params)
+        of_activations = [name for name, kind in kinds.items() if kind in ("units", "features")]
+        if of_activations:
             probe = self.feed.probe(self.steps_made, samples).to(self.dtype)
 
             def one(params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-                hidden = [metrics.features(h) for h in self._forward(params, x)[1].values()]
-                return {
-                    "dead_units": metrics.dead_units(hidden),
-                    "effective_rank_entropy": metrics.effective_rank_entropy(torch.nan_to_num(hidden[-1])),
-                }
+                hidden = self._forward(params, x)[1]
+                return {name: self._of_activations(name, hidden) for name in of_activations}
 
             with torch.no_grad():
                 found |= vmap(one, in_dims=-1)(
@@ -519,8 +529,28 @@ class Population:
                 )
         if set(told) & set(wanted):
             found |= self._told()
-        gone = self.state.diverged >= 0
-        return {name: torch.where(gone, torch.nan, found[name].to(torch.float64)) for name in wanted}
+        diverged = self.state.diverged >= 0
+        return {name: torch.where(diverged, torch.nan, found[name].to(torch.float64)) for name in wanted}
+
+    def _of_activations(self, name: str, hidden: dict[str, Tensor]) -> Tensor:
+        """A metric of one lane's activations, by layer name."""
+        metric = metrics.METRICS[name]
+        if metric.of == "features":
+            return metric.function(torch.nan_to_num(list(hidden.values())[-1]))
+        seen = []
+        for layer, h in hidden.items():
+            kind = self._nonlinearities[layer]
+            if not metrics.inapplicable(name, kind):
+                bounds = {"low": kind.low, "high": kind.high} if kind.bounded else {}
+                seen.append(metrics.UnitStatistics.of(h, gram=name == "duplicate_units", **bounds))
+        return metric.function(seen)
+
+    def _check_names(self, asked: Sequence[str], told: Sequence[str]) -> None:
+        known = [name for name, metric in metrics.METRICS.items() if metric.of in ("units", "features", "weights")]
+        for name in asked:
+            if name not in (*known, *told, "units_replaced"):
+                listed = ", ".join([*known, "units_replaced", *told])
+                raise ValueError(f"a population does not measure {name!r}; it measures {listed}")
 
     def _told(self) -> dict[str, Tensor]:
         """What the interventions have measured, [lanes]."""
@@ -533,14 +563,20 @@ class Population:
         told = {name: [row[name] for row in rows] for name in rows[0]}
         return {n: torch.tensor(v, dtype=torch.float64, device=self.device) for n, v in told.items()}
 
-    def inapplicable(self) -> dict[str, str]:
-        """Metrics that mean nothing for this network, with the reason."""
+    def inapplicable(self, names: Sequence[str] = METRICS) -> dict[str, str]:
+        """Those of some metrics that mean nothing for this network, with the reason.
+
+        One of units is taken over the layers to which it applies, and is among these if there are none.
+        """
+        of_units = {name for name, metric in metrics.METRICS.items() if metric.of in ("units", "features")}
         found = {}
-        if not len(self.units):
-            reason = "the network has no hidden units"
-            found = dict.fromkeys(("dead_units", "effective_rank_entropy", "units_replaced"), reason)
-        elif not networks.rectified(self.model):
-            found["dead_units"] = "the network has no rectifier: its units are never exactly zero"
+        for name in names:
+            if not len(self.units) and name in of_units | {"units_replaced"}:
+                found[name] = "the network has no hidden units"
+            elif name in of_units:
+                reasons = [metrics.inapplicable(name, self._nonlinearities[layer.name]) for layer in self.units]
+                if all(reasons):
+                    found[name] = reasons[0]
         return found
 
     def run(self, steps: int, *, bin: int, measure_every: int | None = None) -> Any:

@@ -2,12 +2,14 @@
 
 from perennial.units.draw import Distribution, build_and_record
 from perennial.units.map import Slice, UnitLayer, UnitMap, along, bias_beside, fan_in, weight_beside
+from perennial.units.nonlinearity import Nonlinearity, nonlinearities
 from perennial.units.prove import Proof, prove
 from perennial.units.recover import recover
 from perennial.units.trace import trace
 
 __all__ = [
     "Distribution",
+    "Nonlinearity",
     "Proof",
     "Slice",
     "UnitLayer",
@@ -16,6 +18,7 @@ __all__ = [
     "bias_beside",
     "build_and_record",
     "fan_in",
+    "nonlinearities",
     "prove",
     "recover",
     "trace",

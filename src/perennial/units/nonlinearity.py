@@ -1,0 +1,171 @@
+"""Which nonlinearity stands between a hidden unit and its readers: what values the unit can take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from perennial.units import operations
+from perennial.units.map import UnitMap
+from perennial.units.record import tensors_in
+from perennial.units.trace import copied, undisturbed
+
+
+@dataclass(frozen=True)
+class Nonlinearity:
+    """What is known of the values that a reader of hidden units is given."""
+
+    function: str = ""
+    """The operation that shaped them last, as torch names it (``"relu"``, ``"gelu"``); empty where there is none or it
+    is not known."""
+    low: float = -math.inf
+    """Bound from below."""
+    high: float = math.inf
+    """Bound from above."""
+    rectified: bool = False
+    """Whether a unit is exactly zero, with a gradient of zero, over a range of its inputs: it can be dead."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it can saturate on either side."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    def __str__(self) -> str:
+        return self.function or "no nonlinearity that is known"
+
+
+UNKNOWN = Nonlinearity()
+
+_FIXED = {
+    "relu": Nonlinearity("relu", 0.0, math.inf, True),
+    "relu6": Nonlinearity("relu6", 0.0, 6.0, True),
+    "sigmoid": Nonlinearity("sigmoid", 0.0, 1.0),
+    "hardsigmoid": Nonlinearity("hardsigmoid", 0.0, 1.0),
+    "tanh": Nonlinearity("tanh", -1.0, 1.0),
+    "softsign": Nonlinearity("softsign", -1.0, 1.0),
+    "hardshrink": Nonlinearity("hardshrink", rectified=True),
+    "softshrink": Nonlinearity("softshrink", rectified=True),
+    "hardswish": Nonlinearity("hardswish", -0.375, math.inf, True),
+}
+_SMOOTH = frozenset(
+    "elu celu leaky_relu rrelu silu gelu selu softplus mish tanhshrink logsigmoid log_sigmoid prelu sin cos".split()
+)
+_CLAMPS = frozenset("hardtanh clamp clip clamp_min clamp_max threshold maximum max".split())
+_KEEPING = operations.MOVEMENT | operations.SPATIAL | operations.SAME - {"alpha_dropout", "feature_alpha_dropout"}
+
+
+def nonlinearities(model: nn.Module, units: UnitMap, *args: Any, **kwargs: Any) -> dict[str, Nonlinearity]:
+    """The nonlinearity of every layer of hidden units, found in one forward pass, modules and functions alike.
+
+    Pooling, dropout, reshaping and scaling by a positive number keep what is known; a norm or a sum between the
+    nonlinearity and the reader ends it, since a unit that is silent before it is not silent behind it.
+
+    The model is left as it was: mode, buffers, gradients, hooks and the global random states do not change.
+
+    Args:
+        model: the network.
+        units: its map.
+        *args: an example input, as the model takes it; keywords too.
+
+    Returns:
+        By layer name, every layer of the map.
+    """
+    args, kwargs = copied((args, kwargs))
+    parameters = dict(model.named_parameters())
+    taps = {id(parameters[layer.tap]): layer.tap for layer in units if layer.tap in parameters}
+    with undisturbed(model), _Watch(taps) as watch:
+        model(*args, **kwargs)
+    return {layer.name: watch.found.get(layer.tap, UNKNOWN) for layer in units}
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps, with every tensor that an operation makes, what its values can be."""
+
+    def __init__(self, taps: Mapping[int, str]) -> None:
+        super().__init__()
+        self.taps = taps
+        self.found: dict[str, Nonlinearity] = {}
+        self.known: dict[int, tuple[Tensor, Nonlinearity]] = {}  # with the tensor, so that its id is not used again
+
+    def of(self, tensor: Any) -> Nonlinearity:
+        entry = self.known.get(id(tensor))
+        return entry[1] if entry is not None else UNKNOWN
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = operations.plain_name(func)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in given:
+            tap = self.taps.get(id(tensor))
+            read = [t for t in given if t is not tensor and id(t) in self.known]
+            if tap is not None and read:
+                self.found.setdefault(tap, self.of(read[0]))
+        what = self._result(name, given, args, kwargs)  # before the call, which may write in place
+        out = func(*args, **kwargs)
+        if name not in operations.QUIET:
+            for tensor in tensors_in(out):
+                self.known[id(tensor)] = (tensor, what)
+        return out
+
+    def _result(self, name: str, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Nonlinearity:
+        if name in _FIXED:
+            return _FIXED[name]
+        if name in _SMOOTH:
+            return Nonlinearity(name)
+        if name in _CLAMPS:
+            return _clamped(name, args, kwargs)
+        kinds = {self.of(tensor) for tensor in given}
+        if len(kinds) != 1:
+            return UNKNOWN
+        (kind,) = kinds
+        if name in _KEEPING or name in operations.JOINING:
+            return kind
+        if name in ("square", "pow", "abs", "absolute", "sqrt") and kind.rectified and kind.low >= 0:
+            return Nonlinearity(kind.function, 0.0, math.inf, True)
+        if (
+            name in ("mul", "multiply", "div", "divide", "truediv", "true_divide")
+            and len(given) == 1
+            and kind.rectified
+        ):
+            return Nonlinearity(kind.function, rectified=True)
+        return UNKNOWN
+
+
+def _clamped(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Nonlinearity:
+    """Of operations that take their bounds as arguments."""
+
+    def bound(position: int, *names: str) -> Any:
+        found = next((kwargs[n] for n in names if n in kwargs), args[position] if len(args) > position else None)
+        if isinstance(found, Tensor):
+            found = found.item() if found.numel() == 1 else None
+        return None if found is None else float(found)
+
+    low: float | None = None
+    high: float | None = None
+    if name == "hardtanh":
+        low, high = bound(1, "min_val"), bound(2, "max_val")
+        low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
+    elif name in ("clamp", "clip"):
+        low, high = bound(1, "min"), bound(2, "max")
+    elif name == "clamp_min":
+        low = bound(1, "min")
+    elif name == "clamp_max":
+        high = bound(1, "max")
+    elif name == "threshold":
+        edge, low = bound(1, "threshold"), bound(2, "value")
+        low = low if low is not None and low == edge else None
+    elif len([a for a in args if isinstance(a, Tensor)]) == 2:  # maximum
+        second = args[1]
+        low = float(second) if second.numel() == 1 else (0.0 if not bool(second.any()) else None)
+    if low is None and high is None:
+        return UNKNOWN
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+    return Nonlinearity("relu" if (low, high) == (0.0, math.inf) else name, low, high, low == 0.0 or high == 0.0)
