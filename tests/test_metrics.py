@@ -49,7 +49,7 @@ from perennial.metrics import (
     weight_magnitude,
     window_means,
 )
-from perennial.units import Nonlinearity, nonlinearities, trace
+from perennial.units import Nonlinearity, observe, trace
 
 
 def of_singular_values(values: list[float], samples: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -567,7 +567,7 @@ def test_the_nonlinearity_before_a_reader(
     model, x = Functional(function), torch.randn(3, 4)
     units = trace(model, x)
     rng, before = torch.get_rng_state(), {n: w.clone() for n, w in model.state_dict().items()}
-    (found,) = set(nonlinearities(model, units, x).values())
+    (found,) = set(observe(model, units, x).nonlinearities.values())
     assert (found.function, found.rectified, found.bounded) == (name, rectified, bounded)
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())

@@ -1,9 +1,9 @@
 """How plastic a network is: one definition a name.
 
 Every metric is a pure function of activations, weights or gradients, and changes nothing. The name carries the
-definition, since the literature uses some words for several. :data:`~perennial.metrics.METRICS` says of each what it is taken of, in
-which range it lies, which way is better and where it applies; where it does not, :func:`inapplicable` gives the reason,
-and no number that means something else is shown.
+definition, since the literature uses some words for several. :data:`perennial.metrics.METRICS` says of each what it is
+taken of, in which range it lies, which way is better and where it applies; where it does not, :func:`inapplicable`
+gives the reason, and no number that means something else is shown.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def inapplicable(name: str, nonlinearity: Nonlinearity) -> str:
 
     Args:
         name: of the metric.
-        nonlinearity: what stands between the units and their readers (:func:`perennial.units.nonlinearities`).
+        nonlinearity: what stands between the units and their readers (:func:`perennial.units.observe`).
 
     Raises:
         ValueError: there is no such metric.

@@ -23,7 +23,7 @@ from perennial.methods.base import Tensors
 from perennial.noise import Noise, seed_key
 from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
 from perennial.streams import Stream
-from perennial.units import build_and_record, nonlinearities, trace
+from perennial.units import build_and_record, observe, trace
 
 _CHUNK_BYTES = 1 << 25
 """Examples are made this much at a time."""
@@ -90,7 +90,7 @@ class Population:
         self._check_fit(example)
         self.units = trace(self.model, example, initial=initial).interior()
         self._check_groups()
-        self._nonlinearities = nonlinearities(self.model, self.units, example)
+        self._nonlinearities = observe(self.model, self.units, example).nonlinearities
         for lane in lanes:
             if [structure(m) for m in lane.methods] != [structure(m) for m in lanes[0].methods]:
                 raise ValueError(
@@ -497,7 +497,7 @@ class Population:
 
         Args:
             names: ``"units_replaced"``, what the lanes' interventions measure (their ``MEASURES``), and any of
-                :data:`perennial.metrics.METRICS` that is taken of units, of features (those of the last hidden layer)
+                :data:`~perennial.metrics.METRICS` that is taken of units, of features (those of the last hidden layer)
                 or of weights. None: the module's ``METRICS`` and the interventions' measures.
             samples: inputs.
 

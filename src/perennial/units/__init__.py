@@ -2,7 +2,7 @@
 
 from perennial.units.draw import Distribution, build_and_record
 from perennial.units.map import Slice, UnitLayer, UnitMap, along, bias_beside, fan_in, weight_beside
-from perennial.units.nonlinearity import Nonlinearity, nonlinearities
+from perennial.units.observe import Nonlinearity, Observation, observe
 from perennial.units.prove import Proof, prove
 from perennial.units.recover import recover
 from perennial.units.trace import trace
@@ -10,6 +10,7 @@ from perennial.units.trace import trace
 __all__ = [
     "Distribution",
     "Nonlinearity",
+    "Observation",
     "Proof",
     "Slice",
     "UnitLayer",
@@ -18,7 +19,7 @@ __all__ = [
     "bias_beside",
     "build_and_record",
     "fan_in",
-    "nonlinearities",
+    "observe",
     "prove",
     "recover",
     "trace",

@@ -1,11 +1,12 @@
-"""Which nonlinearity stands between a hidden unit and its readers: what values the unit can take."""
+"""What the readers of hidden units are given, and which nonlinearity made it: what values a unit can take."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -53,6 +54,9 @@ _FIXED = {
     "softshrink": Nonlinearity("softshrink", rectified=True),
     "hardswish": Nonlinearity("hardswish", -0.375, math.inf, True),
 }
+_READING = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm addmm baddbmm".split()
+)
 _SMOOTH = frozenset(
     "elu celu leaky_relu rrelu silu gelu selu softplus mish tanhshrink logsigmoid log_sigmoid prelu sin cos".split()
 )
@@ -60,28 +64,39 @@ _CLAMPS = frozenset("hardtanh clamp clip clamp_min clamp_max threshold maximum m
 _KEEPING = operations.MOVEMENT | operations.SPATIAL | operations.SAME - {"alpha_dropout", "feature_alpha_dropout"}
 
 
-def nonlinearities(model: nn.Module, units: UnitMap, *args: Any, **kwargs: Any) -> dict[str, Nonlinearity]:
-    """The nonlinearity of every layer of hidden units, found in one forward pass, modules and functions alike.
+class Observation(NamedTuple):
+    """What :func:`observe` finds, by layer name; layers that nothing read in this pass are missing."""
 
-    Pooling, dropout, reshaping and scaling by a positive number keep what is known; a norm or a sum between the
-    nonlinearity and the reader ends it, since a unit that is silent before it is not silent behind it.
+    activations: dict[str, Tensor]
+    """[samples, units] or [samples, units, positions...]: what the layer's reader was given."""
+    nonlinearities: dict[str, Nonlinearity]
+    """What stands before it."""
 
-    The model is left as it was: mode, buffers, gradients, hooks and the global random states do not change.
+
+def observe(model: nn.Module, units: UnitMap, *args: Any, **kwargs: Any) -> Observation:
+    """What the readers of hidden units are given in one forward pass, and what nonlinearity shaped it last.
+
+    Functions are seen as well as modules. Pooling, dropout, reshaping and scaling keep what is known of a nonlinearity;
+    a norm or a sum between it and the reader ends it, since a unit that is silent before it is not silent behind it.
+
+    The model is left as it was: mode, buffers, gradients, hooks and the global random states do not change. It runs in
+    the mode in which it is.
 
     Args:
         model: the network.
         units: its map.
-        *args: an example input, as the model takes it; keywords too.
-
-    Returns:
-        By layer name, every layer of the map.
+        *args: an input, as the model takes it; keywords too.
     """
     args, kwargs = copied((args, kwargs))
     parameters = dict(model.named_parameters())
     taps = {id(parameters[layer.tap]): layer.tap for layer in units if layer.tap in parameters}
     with undisturbed(model), _Watch(taps) as watch:
         model(*args, **kwargs)
-    return {layer.name: watch.found.get(layer.tap, UNKNOWN) for layer in units}
+    seen = [layer for layer in units if layer.tap in watch.given]
+    return Observation(
+        {layer.name: layer.activation(watch.given[layer.tap]) for layer in seen},
+        {layer.name: watch.found[layer.tap] for layer in seen},
+    )
 
 
 class _Watch(TorchFunctionMode):
@@ -90,12 +105,13 @@ class _Watch(TorchFunctionMode):
     def __init__(self, taps: Mapping[int, str]) -> None:
         super().__init__()
         self.taps = taps
+        self.given: dict[str, Tensor] = {}
         self.found: dict[str, Nonlinearity] = {}
-        self.known: dict[int, tuple[Tensor, Nonlinearity]] = {}  # with the tensor, so that its id is not used again
+        self.known: dict[int, tuple[weakref.ref[Tensor], Nonlinearity]] = {}
 
     def of(self, tensor: Any) -> Nonlinearity:
-        entry = self.known.get(id(tensor))
-        return entry[1] if entry is not None else UNKNOWN
+        entry = self.known.get(id(tensor))  # ids are used again
+        return entry[1] if entry is not None and entry[0]() is tensor else UNKNOWN
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -105,14 +121,14 @@ class _Watch(TorchFunctionMode):
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in given:
             tap = self.taps.get(id(tensor))
-            read = [t for t in given if t is not tensor and id(t) in self.known]
-            if tap is not None and read:
-                self.found.setdefault(tap, self.of(read[0]))
+            read = [t for t in given if id(t) not in self.taps and t.is_floating_point() and t.dim() > 1]
+            if tap is not None and tap not in self.given and read and name in _READING:
+                self.given[tap], self.found[tap] = read[0].detach(), self.of(read[0])
         what = self._result(name, given, args, kwargs)  # before the call, which may write in place
         out = func(*args, **kwargs)
         if name not in operations.QUIET:
             for tensor in tensors_in(out):
-                self.known[id(tensor)] = (tensor, what)
+                self.known[id(tensor)] = (weakref.ref(tensor), what)
         return out
 
     def _result(self, name: str, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Nonlinearity:
