@@ -101,5 +101,5 @@ $(READY): pyproject.toml constraints.txt
 	$$python -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation \
-		-e '.[studies,lm,rl,dev,docs]'
+		-e '.[studies,lm,rl,trackers,dev,docs]'
 	@touch $@

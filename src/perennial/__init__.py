@@ -3,6 +3,7 @@
 from perennial import methods, optim
 from perennial.attach import Keeper, attach
 from perennial.methods import *  # noqa: F403 - every method is one import away
+from perennial.monitor import Monitor
 from perennial.networks import MLP
 from perennial.population import Lane, Population
 from perennial.streams import PermutedDigits, PermutedMNIST, SlowlyChangingRegression, SumOfTwo
@@ -14,6 +15,7 @@ __all__ = [
     "MLP",
     "Keeper",
     "Lane",
+    "Monitor",
     "PermutedDigits",
     "PermutedMNIST",
     "Population",

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from perennial.cli_probe import probe
 from perennial.cli_units import units
 from perennial.studies import StudyError, as_yaml, load, parse_setting, shipped
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(units)
+app.command()(probe)
 _console = Console()
 
 

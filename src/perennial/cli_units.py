@@ -16,8 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from perennial.attach.arguments import described
+from perennial.attach.arguments import as_call, described
 from perennial.units import Proof, UnitMap, prove, trace
+
+SHAPE = re.compile(r"(int:)?(\d+(?:,\d+)*)")
+"""An input given by its shape."""
 
 
 class UnitsError(ValueError):
@@ -47,7 +50,7 @@ def units(
     try:
         model = load_model(factory)
         args, kwargs = load_example(example, factory)
-        unit_map = _traced(model, args, kwargs, f"--example {example}")
+        unit_map = traced(model, args, kwargs, f"--example {example}")
         proofs = {p.layer: p for p in prove(model, unit_map, *args, **kwargs)} if check else {}
     except UnitsError as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
@@ -85,14 +88,16 @@ def _required(function: Any) -> list[str]:
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in fixed]
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: str) -> UnitMap:
+def traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: str) -> UnitMap:
+    """The unit map of a model on an input; ``given`` is the option that named the input, for the error."""
     try:
         return trace(model, *args, **kwargs)
     except Exception as error:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         embeds = any(isinstance(module, nn.Embedding) for module in model.modules())
         reads_ids = embeds and all(value.is_floating_point() for value in tensors)
-        hint = ". For an embedding give whole numbers, as in --example int:2,16" if reads_ids else ""
+        option = given.partition(" ")[0]
+        hint = f". For an embedding give whole numbers, as in {option} int:2,16" if reads_ids else ""
         what = " ".join(str(error).split()).removesuffix(".")
         raise UnitsError(
             f"the model cannot be run on {given}, {described((*args, *kwargs.values()))}: {type(error).__name__}: "
@@ -100,14 +105,14 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], giv
         ) from None
 
 
-def load_example(text: str | None, factory: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def load_example(text: str | None, factory: str, option: str = "--example") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example input that an option names, as positional and keyword arguments."""
     if text is None:
         raise UnitsError(
-            f"give --example, an input for one forward pass of {factory}: a shape as in --example 2,3,32,32, or a "
-            "function as in --example mypackage.data:batch"
+            f"give {option}, an input for one forward pass of {factory}: a shape as in {option} 2,3,32,32, or a "
+            f"function as in {option} mypackage.data:batch"
         )
-    shape = re.fullmatch(r"(int:)?(\d+(?:,\d+)*)", text)
+    shape = SHAPE.fullmatch(text)
     if shape:
         sizes = [int(n) for n in shape[2].split(",")]
         generator = torch.Generator().manual_seed(0)
@@ -115,12 +120,9 @@ def load_example(text: str | None, factory: str) -> tuple[tuple[Any, ...], dict[
             return (torch.randint(0, 10, sizes, generator=generator),), {}
         return (torch.randn(sizes, generator=generator),), {}
     if ":" not in text:
-        raise UnitsError(f"--example {text} is neither a shape such as 2,3,32,32 nor MODULE:FUNCTION")
+        raise UnitsError(f"{option} {text} is neither a shape such as 2,3,32,32 nor MODULE:FUNCTION")
     made = _named(text)
-    value = made() if callable(made) else made
-    if isinstance(value, Mapping):
-        return (), dict(value)
-    return (tuple(value), {}) if isinstance(value, (tuple, list)) else ((value,), {})
+    return as_call(made() if callable(made) else made)
 
 
 def _named(target: str) -> Any:
