@@ -92,11 +92,13 @@ def _metric_pages() -> Iterator[tuple[str, str]]:
     rows = []
     for name, metric in metrics.METRICS.items():
         better = {"neither": "neither way is better"}.get(metric.better, f"{metric.better} is better")
+        verbs = {"rectified": "are exactly zero over a range", "bounded": "have two bounds"}
+        verbs["rectified or bounded"] = "are exactly zero over a range, or have two bounds"
         needs = {"": "any", "rectified": "exactly zero over a range", "bounded": "two bounds"}
         applies = needs.get(metric.needs, "exactly zero over a range, or two bounds")
         summary = f"Taken of {metric.of}; in [{metric.low:g}, {metric.high:g}]; {better}."
         if metric.needs:
-            summary += f" Of activation functions with {applies}."
+            summary += f" Of activation functions that {verbs[metric.needs]}."
         record = f".. currentmodule:: perennial.metrics\n\n.. autofunction:: {name}\n"
         yield f"metrics/{name}", "\n".join([_heading(name), f"{metric.title}. {summary}", "", record])
         rows.append(

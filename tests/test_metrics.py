@@ -518,6 +518,49 @@ def test_statistics_refuse_what_is_not_of_one_layer() -> None:
         UnitStatistics.of(h) + 1
 
 
+@pytest.mark.parametrize("name", [n for n, m in METRICS.items() if m.of in ("units", "features")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_looks_like_no_health(name: str, value: float) -> None:
+    h = torch.relu(torch.randn(20, 5))
+    h[3, 2] = value
+    bounds = {"low": 0.0, "high": 1.0} if name in ("saturated_units", "feature_activity") else {}
+    found = float(METRICS[name].function(h, **bounds))
+    assert math.isnan(found) or (name == "feature_norm" and found == math.inf)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METRICS.items() if m.of in ("units", "features")])
+def test_odd_activations(name: str) -> None:
+    function = METRICS[name].function
+    whole = torch.randint(0, 3, (20, 5))
+    assert float(function(whole)) == pytest.approx(float(function(whole.double())))
+    assert math.isfinite(float(function(torch.rand(1, 1))))
+    for wrong in (torch.zeros(0, 4), torch.zeros(4)):
+        with pytest.raises(
+            ValueError, match=r"activations are \[samples, units, \.\.\.\] of at least one sample, not "
+        ):
+            function(wrong)
+
+
+def test_bounds_that_are_missing_are_not_passed_over() -> None:
+    h = torch.tanh(torch.full((10, 3), 9.0))
+    assert math.isnan(float(saturated_units(UnitStatistics.of(h))))
+    assert math.isnan(float(feature_activity(UnitStatistics.of(h), low=-1, high=1)))
+    with pytest.raises(ValueError, match="low is 0 and high is None; give both bounds"):
+        feature_activity(h, low=0)
+    with pytest.raises(TypeError, match="needs the activations themselves"):
+        numerical_rank(UnitStatistics.of(h))  # type: ignore[arg-type]
+    edge = torch.full((10, 1), 0.98828125)
+    assert float(saturated_units(edge)) == float(saturated_units(edge.bfloat16())) == 0.0
+    exact_multiples = torch.randn(50, 1) * torch.tensor([1.0, 2.0, 3.0, 0.7, 0.3, 11.0])
+    assert float(duplicate_units(exact_multiples.double(), similarity=1.0)) > 0
+    active = torch.zeros(700, 1)
+    active[:49] = 1.0
+    assert float(rarely_active_units(active, share=0.07)) == 0.0
+    assert float(sample_plasticity(torch.zeros(1).half(), torch.zeros(1).half())) == 1.0
+    with pytest.raises(ValueError, match="there are 1 and 2"):
+        distance_l2([h], [h, h])
+
+
 # --- where a metric applies -----------------------------------------------------------------------------------------
 
 
@@ -548,6 +591,10 @@ F = nn.functional
         (lambda h: F.dropout(F.relu(h), 0.5), "relu", True, False),
         (lambda h: F.max_pool1d(F.relu(h)[:, :, None], 1)[:, :, 0], "relu", True, False),
         (lambda h: torch.cat([F.relu(h[:, :3]), F.relu(-h[:, 3:])], 1), "relu", True, False),
+        (lambda h: 3 * F.relu(h) / 2, "relu", True, False),
+        (lambda h: 1 / (F.relu(h) + 1), "", False, False),
+        (lambda h: 2 ** F.relu(h), "", False, False),
+        (lambda h: F.relu(h) ** 0, "", False, False),
         (F.relu6, "relu6", True, True),
         (nn.Hardtanh(), "hardtanh", False, True),
         (torch.tanh, "tanh", False, True),
@@ -581,7 +628,9 @@ def test_a_metric_that_does_not_apply_says_why() -> None:
     assert "no two bounds" in metrics.inapplicable("saturated_units", relu)
     assert metrics.inapplicable("saturated_units", tanh) == ""
     assert "neither exactly zero nor at a bound" in metrics.inapplicable("feature_activity", gelu)
-    assert "no nonlinearity that is known" in metrics.inapplicable("rarely_active_units", Nonlinearity())
+    assert "no nonlinearity that is known stands right before" in metrics.inapplicable(
+        "rarely_active_units", Nonlinearity()
+    )
     for name in ("dormant_units", "effective_rank_entropy", "duplicate_units"):
         assert not any(metrics.inapplicable(name, kind) for kind in (tanh, relu, gelu, Nonlinearity()))
     with pytest.raises(ValueError, match="there is no metric 'dead'; there are dead_units, "):

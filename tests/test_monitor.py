@@ -236,6 +236,53 @@ def test_every_threshold_and_remedy_exists() -> None:
     assert "4 at first; threshold 0.5 of that" in str(Finding("rank_99", ("a",), 1, 1.0, 4.0, THRESHOLDS["rank_99"]))
 
 
+def test_a_run_that_diverges_goes_on_and_is_told_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    monitor = Monitor(model, torch.randn(10, 4), optimizer=optimizer, every=1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    assert len(monitor.history) == 6
+    first = monitor.findings()[0]
+    assert not math.isfinite(first.value)
+    assert "are not finite, it has diverged" in str(first)
+    monitor.plot(tmp_path / "health.png")
+
+
+class Merging(nn.Module):
+    """As LoRA layers that fold their weights together when they are put into evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.merges = nn.Linear(4, 6), nn.Linear(6, 2), 0
+
+    def train(self, mode: bool = True) -> Merging:
+        self.merges += 1
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first(x))
+        return self.last(hidden) if self.training or len(x) < 8 else x[:, :2]  # type: ignore[no-any-return]
+
+
+def test_what_a_reading_cannot_see_it_says() -> None:
+    model = Merging()
+    monitor = Monitor(model, torch.randn(5, 4))
+    monitor.read()
+    assert model.merges == 0, "modes are set without the module's own train(), which may change weights"
+    assert model.training
+    monitor.example = torch.randn(9, 4)
+    with pytest.raises(ValueError, match="in evaluation mode nothing reads the hidden units of this network"):
+        monitor.read()
+    with pytest.raises(ValueError, match=r"every is 2\.5; it is a whole number"):
+        Monitor(model, torch.randn(5, 4), every=2.5)  # type: ignore[arg-type]
+    dead = [Reading(step, {}, {"a": {"rank_99": 0.0}}) for step in (0, 1)]
+    assert findings(dead, THRESHOLDS) == [], "what was nothing at first has not fallen"
+
+
 GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "monitor.md"
 
 

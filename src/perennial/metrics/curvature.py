@@ -50,6 +50,8 @@ def sharpness(
     Returns:
         [], in the parameters' dtype.
     """
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; it must be at least 1")
     product, start = _hessian(loss, params, seed)
     found = _lanczos(product, start, min(iterations, start.numel()), tolerance)
     if found.residual > tolerance and len(found.values) < start.numel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -20,7 +21,8 @@ def sample_plasticity(before: Tensor, after: Tensor) -> Tensor:
     Returns:
         The same shape, in [0, 1].
     """
-    return (1 - after / before.clamp(min=1e-8)).clamp(0, 1)
+    wide = torch.promote_types(before.dtype, torch.float32)  # 1e-8 is zero in half precision
+    return (1 - after.to(wide) / before.to(wide).clamp(min=1e-8)).clamp(0, 1)
 
 
 def window_means(values: Tensor, window: int) -> Tensor:

@@ -23,7 +23,7 @@ def singular_values(matrix: Tensor | UnitStatistics) -> Tensor:
         matrix: [samples, units, ...], or statistics with the Gram matrix.
 
     Returns:
-        float64 [min(samples, units)], or [units] of statistics.
+        float64 [min(samples, units)], or [units] of statistics; NaN if an activation is not finite, as are all ranks.
     """
     if isinstance(matrix, UnitStatistics):
         (found,) = statistics_of(matrix, gram=True)
@@ -32,9 +32,10 @@ def singular_values(matrix: Tensor | UnitStatistics) -> Tensor:
         x = as_matrix(matrix.detach())
         x = x.to(wide_dtype(x))
         gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
-    squares = torch.linalg.eigvalsh(gram).clamp(min=0).flip(-1)
+    finite = torch.isfinite(gram).all()  # the decomposition stops at other numbers, and under vmap all lanes with it
+    squares = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp(min=0).flip(-1)
     values: Tensor = torch.where(squares > squares[:1] * 1e-14, squares, 0.0).sqrt()
-    return values
+    return torch.where(finite, values, torch.nan)
 
 
 def effective_rank_entropy(features: Tensor | UnitStatistics) -> Tensor:
@@ -64,7 +65,7 @@ def rank_of_shares(values: Tensor) -> Tensor:
     total = values.sum()
     share = values / torch.where(total > 0, total, 1.0)
     entropy = -(share * torch.where(share > 0, share, 1.0).log()).sum()
-    return torch.where(total > 0, entropy.exp(), 0.0)
+    return torch.where(total > 0, entropy.exp(), 0.0 * total)
 
 
 def stable_rank_fro(features: Tensor | UnitStatistics) -> Tensor:
@@ -137,14 +138,17 @@ def numerical_rank(features: Tensor) -> Tensor:
     Returns:
         [], float64, a whole number in [0, min(samples, units)].
     """
+    if isinstance(features, UnitStatistics):
+        raise TypeError("numerical_rank needs the activations themselves: the Gram matrix has lost the small values")
     x = as_matrix(features.detach())
+    x = x if x.is_floating_point() else x.to(wide_dtype(x))
     tolerance = max(x.shape) * torch.finfo(x.dtype).eps
-    values = torch.linalg.svdvals(x.to(wide_dtype(x)))
-    count: Tensor = (values > tolerance * values[:1]).sum().to(values.dtype)
-    return count
+    finite = torch.isfinite(x).all()
+    values = torch.linalg.svdvals(torch.where(finite, x, 0.0).to(wide_dtype(x)))
+    return torch.where(finite, (values > tolerance * values[:1]).sum().to(values.dtype), torch.nan)
 
 
 def _reaching(values: Tensor) -> Tensor:
     total = values.sum()
     short = values.cumsum(0) < 0.99 * total * (1 - _TIES)
-    return torch.where(total > 0, short.sum() + 1.0, 0.0)
+    return torch.where(total > 0, short.sum() + 1.0, 0.0 * total)

@@ -24,7 +24,7 @@ class Metric:
     function: Callable[..., Tensor]
     """Its definition."""
     of: Literal["units", "features", "weights", "change", "gradients", "two changes", "loss", "outputs", "two losses"]
-    """What it is taken of: the activations of hidden layers; of one layer; the parameters; parameters and earlier ones;
+    """What it is taken of: the activations of hidden layers together; of one layer; parameters; these and earlier ones;
     gradients; two updates; the loss or the outputs as a function of the parameters; losses before and after a step."""
     low: float
     """The smallest value it can take."""
@@ -162,6 +162,8 @@ def inapplicable(name: str, nonlinearity: Nonlinearity) -> str:
     rectified, bounded = nonlinearity.rectified, nonlinearity.bounded
     if not needs or (rectified and "rectified" in needs) or (bounded and "bounded" in needs):
         return ""
+    if not nonlinearity.function:
+        return f"no nonlinearity that is known stands right before the reader, and {name} depends on which it is"
     if needs == "rectified":
         return f"units behind {nonlinearity} are never exactly zero: {name} is of rectifiers"
     if needs == "bounded":

@@ -18,7 +18,12 @@ def features(activation: Tensor) -> Tensor:
 
     Returns:
         [samples x positions, units].
+
+    Raises:
+        ValueError: there is no dimension of units, or no sample.
     """
+    if activation.dim() < 2 or activation.shape[0] == 0:
+        raise ValueError(f"activations are [samples, units, ...] of at least one sample, not {list(activation.shape)}")
     return activation.movedim(1, -1).flatten(0, -2) if activation.dim() > 2 else activation
 
 
@@ -33,7 +38,8 @@ class UnitStatistics(NamedTuple):
     active: Tensor
     """float64 [units]: samples on which the unit is not exactly zero."""
     saturated: Tensor
-    """float64 [units]: samples on which it is at a bound; NaN if the bounds were not given."""
+    """float64 [units]: samples on which it is at a bound; NaN if the bounds were not given. Bounds are the caller's to
+    keep the same when statistics are added."""
     magnitude: Tensor
     """float64 [units]: the sum of its magnitudes."""
     length: Tensor
@@ -62,6 +68,7 @@ class UnitStatistics(NamedTuple):
         """
         h = features(activation.detach())
         wide = wide_dtype(h)
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
         if math.isfinite(low) or math.isfinite(high):
             saturated = ((h <= low + margin) | (h >= high - margin)).sum(0, dtype=wide)
         else:

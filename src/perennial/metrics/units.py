@@ -1,4 +1,4 @@
-"""Hidden units that do no work: shares over all units of the layers given, each unit counting once."""
+"""What hidden units do, over all of the layers given. An activation that is not finite makes the result NaN."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from perennial import scores
 from perennial.metrics.statistics import UnitStatistics, statistics_of
+
+_ROUNDING = 1e-12
+"""By how much, as a share, products in float64 may be off."""
 
 Layers = Sequence[Tensor | UnitStatistics] | Tensor | UnitStatistics
 
@@ -30,7 +33,8 @@ def dead_units(layers: Layers) -> Tensor:
     Returns:
         [].
     """
-    return _share([s.active == 0 for s in statistics_of(layers)])
+    found = statistics_of(layers)
+    return _share([s.active == 0 for s in found], found)
 
 
 def rarely_active_units(layers: Layers, *, share: float = 0.01) -> Tensor:
@@ -49,7 +53,8 @@ def rarely_active_units(layers: Layers, *, share: float = 0.01) -> Tensor:
     Returns:
         [].
     """
-    return _share([s.active < share * s.samples for s in statistics_of(layers)])
+    found = statistics_of(layers)
+    return _share([s.active < share * s.samples * (1 - _ROUNDING) for s in found], found)
 
 
 def dormant_units(layers: Layers, *, threshold: float = 0.025) -> Tensor:
@@ -72,7 +77,8 @@ def dormant_units(layers: Layers, *, threshold: float = 0.025) -> Tensor:
     Returns:
         [].
     """
-    return _share([scores.normalised(s.magnitude) <= threshold for s in statistics_of(layers)])
+    found = statistics_of(layers)
+    return _share([scores.normalised(s.magnitude) <= threshold for s in found], found)
 
 
 def dormant_units_of_sum(layers: Layers, *, threshold: float = 0.025) -> Tensor:
@@ -94,7 +100,8 @@ def dormant_units_of_sum(layers: Layers, *, threshold: float = 0.025) -> Tensor:
     Returns:
         [].
     """
-    return _share([scores.normalised(s.magnitude) / len(s.magnitude) <= threshold for s in statistics_of(layers)])
+    found = statistics_of(layers)
+    return _share([scores.normalised(s.magnitude) / len(s.magnitude) <= threshold for s in found], found)
 
 
 def saturated_units(layers: Layers, *, low: float = -1.0, high: float = 1.0, share: float = 0.99) -> Tensor:
@@ -119,7 +126,9 @@ def saturated_units(layers: Layers, *, low: float = -1.0, high: float = 1.0, sha
     Returns:
         [].
     """
-    return _share([s.saturated >= share * s.samples for s in _with_bounds(layers, low, high)])
+    found = _with_bounds(layers, low, high)
+    marks = [s.saturated >= share * s.samples * (1 - _ROUNDING) for s in found]
+    return _share(marks, found) + 0 * sum(s.saturated.sum() for s in found)
 
 
 def feature_activity(layers: Layers, *, low: float | None = None, high: float | None = None) -> Tensor:
@@ -141,10 +150,15 @@ def feature_activity(layers: Layers, *, low: float | None = None, high: float | 
     Returns:
         [].
     """
+    if (low is None) != (high is None):
+        raise ValueError(f"low is {low} and high is {high}; give both bounds, or neither for a rectifier")
+    bounded = low is not None and high is not None
     found = _with_bounds(layers, low, high) if low is not None and high is not None else statistics_of(layers)
     passed = total = torch.zeros((), dtype=found[0].active.dtype, device=found[0].active.device)
     for s in found:
-        active = torch.where(torch.isnan(s.saturated), s.active, s.samples - s.saturated)
+        inside = s.samples - s.saturated
+        active = inside if bounded else torch.where(torch.isnan(inside), s.active, inside)
+        active = active + 0 * s.magnitude
         passed, total = passed + active.sum(), total + s.samples * len(s.active)
     return passed / total
 
@@ -168,13 +182,13 @@ def duplicate_units(layers: Layers, *, similarity: float = 0.99) -> Tensor:
     Returns:
         [].
     """
-    marks = []
-    for s in statistics_of(layers, gram=True):
+    marks, found = [], statistics_of(layers, gram=True)
+    for s in found:
         size = torch.diagonal(s.gram).clamp(min=0).sqrt()
         cosine = s.gram.abs() / torch.where(size > 0, size, torch.inf) / torch.where(size > 0, size, torch.inf)[:, None]
         itself = torch.eye(len(size), dtype=torch.bool, device=size.device)
-        marks.append((torch.where(itself, 0.0, cosine) >= similarity).any(1))
-    return _share(marks)
+        marks.append((torch.where(itself, 0.0, cosine) >= similarity * (1 - _ROUNDING)).any(1))
+    return _share(marks, found)
 
 
 def feature_norm(layers: Layers) -> Tensor:
@@ -193,9 +207,9 @@ def feature_norm(layers: Layers) -> Tensor:
     return torch.stack([s.length / s.samples for s in statistics_of(layers)]).mean()
 
 
-def _share(marks: Sequence[Tensor]) -> Tensor:
-    wide = torch.float32 if marks[0].device.type == "mps" else torch.float64
-    return torch.stack([mark.sum(dtype=wide) for mark in marks]).sum() / sum(len(mark) for mark in marks)
+def _share(marks: Sequence[Tensor], found: Sequence[UnitStatistics]) -> Tensor:
+    counts = [mark.sum(dtype=s.magnitude.dtype) + 0 * s.magnitude.sum() for mark, s in zip(marks, found, strict=True)]
+    return torch.stack(counts).sum() / sum(len(mark) for mark in marks)
 
 
 def _with_bounds(layers: Layers, low: float, high: float) -> list[UnitStatistics]:

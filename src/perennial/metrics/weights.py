@@ -153,7 +153,10 @@ def _paired(first: Tensors, second: Tensors) -> list[tuple[Tensor, Tensor]]:
             names = ", ".join(sorted(first.keys() ^ second.keys())[:5])
             raise ValueError(f"the two are not of the same parameters: {names} is in one alone")
         second = {name: second[name] for name in first}
-    pairs = list(zip(_listed(first, "weights"), _listed(second, "weights"), strict=True))
+    ours, theirs = _listed(first, "weights"), _listed(second, "weights")
+    if len(ours) != len(theirs):
+        raise ValueError(f"the two are not of the same parameters: there are {len(ours)} and {len(theirs)}")
+    pairs = list(zip(ours, theirs, strict=True))
     for number, (a, b) in enumerate(pairs):
         if a.shape != b.shape:
             name = list(first)[number] if isinstance(first, Mapping) else f"number {number}"

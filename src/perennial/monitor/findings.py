@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,11 +27,13 @@ class Threshold:
 
     def crossed(self, value: float, first: float) -> bool:
         """Whether a reading is worth a word, given the first of the same layer."""
+        if not math.isfinite(value):
+            return True
         if self.kind == "at least":
             return value >= self.value
         if self.kind == "times the first":
             return first > 0 and value >= self.value * first
-        return value <= self.value * first
+        return first > 0 and value <= self.value * first
 
 
 _REPLACING = ("ContinualBackprop", "ReDo", "SelfNormalizedResets")
@@ -79,7 +82,7 @@ class Finding:
     since: int
     """The step from whose reading on it has been so in one of them without a break."""
     value: float
-    """Its worst value among them now."""
+    """Its worst value among them now; not finite if the network has diverged."""
     first: float
     """The first reading of that layer."""
     threshold: Threshold
@@ -93,6 +96,8 @@ class Finding:
         when = f" {when}" if when else ""
         where = f" in {_listed(self.layers)}" if self.layers else ""
         metric = METRICS[self.metric]
+        if not math.isfinite(self.value):
+            return f"{metric.title}{where}: {self.value}{when}: activations or weights are not finite, it has diverged."
         amount = f"{self.value:.0%}" if metric.share else f"{self.value:.3g}"
         limit = f"{self.threshold.value:.0%}" if metric.share else f"{self.threshold.value:g}"
         against = {
@@ -127,7 +132,7 @@ def findings(history: Sequence[Reading], thresholds: Mapping[str, Threshold]) ->
             layers = () if whole else tuple(since)
             value, first = series[worst][-1][1], series[worst][0][1]
             found.append(Finding(name, layers, min(since.values()), value, first, threshold))
-    return sorted(found, key=lambda finding: -len(finding.layers))
+    return sorted(found, key=lambda finding: (math.isfinite(finding.value), -len(finding.layers)))
 
 
 def _series(history: Sequence[Reading], name: str, whole: bool) -> dict[str, list[tuple[int, float]]]:
@@ -143,6 +148,8 @@ def _series(history: Sequence[Reading], name: str, whole: bool) -> dict[str, lis
 
 def _badness(threshold: Threshold, values: list[tuple[int, float]]) -> float:
     first, last = values[0][1], values[-1][1]
+    if not math.isfinite(last):
+        return math.inf
     if threshold.kind == "at least":
         return last
     return last / first if threshold.kind == "times the first" else -last / max(first, 1e-30)

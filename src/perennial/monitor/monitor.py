@@ -78,8 +78,8 @@ class Monitor:
         thresholds: Mapping[str, Threshold] = THRESHOLDS,
     ) -> None:
         self._model = bare_model(model)
-        if every < 1:
-            raise ValueError(f"every is {every}; it is a number of optimizer steps, at least 1")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every}; it is a whole number of optimizer steps, at least 1")
         self.metrics = tuple(DEFAULT if metrics is None else metrics)
         """Names of the metrics taken."""
         for name in (*self.metrics, *thresholds):
@@ -194,6 +194,12 @@ class Monitor:
         if saved["start"].keys() != self._start.keys():
             names = ", ".join(sorted(saved["start"].keys() ^ self._start.keys())[:5])
             raise ValueError(f"the saved state is of another network or other metrics: {names} is in one alone")
+        for name, w in self._start.items():
+            if saved["start"][name].shape != w.shape:
+                there = list(saved["start"][name].shape)
+                raise ValueError(
+                    f"the saved state is of another network: {name} is {there} there, {list(w.shape)} here"
+                )
         self.steps = int(saved["steps"])
         with torch.no_grad():
             for name, w in self._start.items():

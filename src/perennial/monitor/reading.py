@@ -95,8 +95,14 @@ def read(
         gradients: by name; without them, metrics of gradients are left out.
     """
     with undisturbed(model), torch.no_grad():
-        model.eval()
+        for module in model.modules():
+            module.training = False  # not by eval(), in which some modules merge weights
         seen = observe(model, units, *args, **kwargs)
+        if not seen.activations:
+            raise ValueError(
+                "in evaluation mode nothing reads the hidden units of this network on this example; it must be a batch "
+                "[samples, ...] that goes through the layers"
+            )
         layers: dict[str, dict[str, float]] = {}
         taken: dict[str, list[UnitStatistics]] = {}
         reasons: dict[str, dict[str, str]] = {}
@@ -108,6 +114,8 @@ def read(
             values = _of_layer(h, kind, [n for n in of_units if n not in reasons[layer]], taken)
             layers[layer] = {name: float(value) for name, value in values.items()}
             last = layers[layer]
+        for layer in (layer.name for layer in units if layer.name not in seen.activations):
+            reasons[layer] = dict.fromkeys(of_units, f"nothing reads {layer} in evaluation mode on this example")
         network: dict[str, float] = {}
         for name in names:
             metric = METRICS[name]
@@ -119,7 +127,7 @@ def read(
             elif metric.of == "weights":
                 network[name] = float(metric.function(params))
             elif metric.of == "change" and start is not None:
-                network[name] = float(metric.function({n: params[n] for n in start}, start))
+                network[name] = float(metric.function({n: params[n] for n in start if n in params}, start))
             elif metric.of == "gradients" and gradients:
                 network[name] = float(metric.function(gradients))
     sizes = {layer.name: layer.size for layer in units if layer.name in layers}

@@ -536,7 +536,7 @@ class Population:
         """A metric of one lane's activations, by layer name."""
         metric = metrics.METRICS[name]
         if metric.of == "features":
-            return metric.function(torch.nan_to_num(list(hidden.values())[-1]))
+            return metric.function(list(hidden.values())[-1])
         seen = []
         for layer, h in hidden.items():
             kind = self._nonlinearities[layer]

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from perennial.metrics import METRICS
 from perennial.report.load import Method, Part, Run
 from perennial.report.statistics import Floats
 
@@ -30,10 +31,7 @@ ACCURACY, LOSS = "online_accuracy", "online_loss"
 MEASURES = {
     ACCURACY: Measure("Online accuracy", share=True, higher_is_better=True),
     LOSS: Measure("Online loss"),
-    "sample_plasticity": Measure("Sample plasticity", share=True, higher_is_better=True),
-    "dead_units": Measure("Dead units", share=True),
-    "weight_magnitude": Measure("Mean weight magnitude"),
-    "effective_rank_entropy": Measure("Effective rank (entropy)"),
+    **{m.name: Measure(m.title, m.share, m.better == "higher") for m in METRICS.values()},
     "units_replaced": Measure("Replacements per unit so far"),
     "utility_spearman": Measure("Spearman correlation with the exact utility", higher_is_better=True),
     "utility_kendall": Measure("Kendall correlation with the exact utility", higher_is_better=True),

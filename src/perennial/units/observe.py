@@ -38,7 +38,7 @@ class Nonlinearity:
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def __str__(self) -> str:
-        return self.function or "no nonlinearity that is known"
+        return self.function or "an unknown function"
 
 
 UNKNOWN = Nonlinearity()
@@ -124,14 +124,16 @@ class _Watch(TorchFunctionMode):
             read = [t for t in given if id(t) not in self.taps and t.is_floating_point() and t.dim() > 1]
             if tap is not None and tap not in self.given and read and name in _READING:
                 self.given[tap], self.found[tap] = read[0].detach(), self.of(read[0])
-        what = self._result(name, given, args, kwargs)  # before the call, which may write in place
+        what = self._result(name, given, args, kwargs, func)  # before the call, which may write in place
         out = func(*args, **kwargs)
         if name not in operations.QUIET:
             for tensor in tensors_in(out):
                 self.known[id(tensor)] = (weakref.ref(tensor), what)
         return out
 
-    def _result(self, name: str, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Nonlinearity:
+    def _result(
+        self, name: str, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], func: Callable[..., Any]
+    ) -> Nonlinearity:
         if name in _FIXED:
             return _FIXED[name]
         if name in _SMOOTH:
@@ -144,15 +146,19 @@ class _Watch(TorchFunctionMode):
         (kind,) = kinds
         if name in _KEEPING or name in operations.JOINING:
             return kind
-        if name in ("square", "pow", "abs", "absolute", "sqrt") and kind.rectified and kind.low >= 0:
+        power = (*args[1:], kwargs.get("exponent"))[0] if name == "pow" else 1
+        growing = isinstance(power, (int, float)) and power > 0 and not _reversed(func)
+        if name in ("square", "pow", "abs", "absolute", "sqrt") and kind.rectified and kind.low >= 0 and growing:
             return Nonlinearity(kind.function, 0.0, math.inf, True)
-        if (
-            name in ("mul", "multiply", "div", "divide", "truediv", "true_divide")
-            and len(given) == 1
-            and kind.rectified
-        ):
+        scaled = name in ("mul", "multiply", "div", "divide", "truediv", "true_divide") and not _reversed(func)
+        if scaled and len(given) == 1 and kind.rectified:
             return Nonlinearity(kind.function, rectified=True)
         return UNKNOWN
+
+
+def _reversed(func: Callable[..., Any]) -> bool:
+    """Whether the tensor is the divisor, or the exponent, of a number."""
+    return getattr(func, "__name__", "") in ("__rtruediv__", "__rdiv__", "__rpow__")
 
 
 def _clamped(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Nonlinearity:
