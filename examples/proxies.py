@@ -149,7 +149,7 @@ def correlations(points: polars.DataFrame) -> polars.DataFrame:
 
 def draw(points: polars.DataFrame, found: polars.DataFrame, out: Path) -> None:
     """The lives' gaps over time, and the correlations with their intervals."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", width_ratios=(1, 1.15))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.8), layout="constrained", width_ratios=(1, 1.15))
     for name in LIVES:
         part = points.filter(polars.col("life") == name).group_by("step", maintain_order=True).agg(
             polars.col("gap").mean()
@@ -157,7 +157,7 @@ def draw(points: polars.DataFrame, found: polars.DataFrame, out: Path) -> None:
         left.plot(part["step"], 100 * part["gap"], marker="o", markersize=3, label=name)
     left.axhline(0, color="0.6", linewidth=0.8)
     left.set(xlabel="steps of life", ylabel="trainability gap, %: loss on the way, aged over fresh")
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     rows = found.reverse()
     at = np.arange(len(rows))
     centre, low, high = (rows[name].to_numpy() for name in ("spearman", "low", "high"))
