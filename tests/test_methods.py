@@ -73,7 +73,7 @@ def _trajectories() -> list[Any]:
     for case in EVERY_CASE:
         for batch, steps in ((1, 200), (3, 40)):
             steps = case.until_events(steps if case == first[case.method] else steps // 2)
-            marks = pytest.mark.slow if case.variant and batch == 1 else ()
+            marks = pytest.mark.slow if case.variant else ()
             rows.append(pytest.param(case, batch, steps, id=f"{case}-{batch}-{steps}", marks=marks))
     return rows
 
@@ -209,8 +209,8 @@ def _within(field: Any, value: float) -> float:
 
 
 def _compiled_rows() -> list[Any]:
-    """As few programs as hold every method: the rules in turn, each with the interventions that fall to it. Rules that
-    are like another, and variants of rules, are slow tests."""
+    """As few programs as hold every method: the rules in turn, each with the interventions that fall to it. The two
+    whose programs take longest to compile, rules that are like another, and variants of rules, are slow tests."""
     alike = {name for name, reference in REFERENCES.items() if reference.like is not None}
     rules = [m for m in REGISTRY if issubclass(m, Rule) and m.name not in alike]
     others = [m for m in REGISTRY if issubclass(m, Intervention)]
@@ -222,7 +222,9 @@ def _compiled_rows() -> list[Any]:
     alone = [first[m] for m in REGISTRY if m.name in alike] + [
         c for c in EVERY_CASE if c.method.name in REFERENCES and c.label in REFERENCES[c.method.name].compiled
     ]
-    return [pytest.param(row, id=" + ".join(c.method.name for c in row)) for row in fast] + [
+    long = [pytest.mark.slow if row[0].method.name in ("upgd", "rwalk") else () for row in fast]
+    ids = [" + ".join(case.method.name for case in row) for row in fast]
+    return [pytest.param(row, id=name, marks=mark) for row, name, mark in zip(fast, ids, long, strict=True)] + [
         pytest.param((case,), id=str(case), marks=pytest.mark.slow) for case in alone
     ]
 

@@ -795,6 +795,7 @@ def test_compiled_lanes_see_and_do_what_uncompiled_ones_do() -> None:
 # --- one compiled -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_compiled_lanes_diverge_and_resume_alike() -> None:
     """What holds uncompiled holds compiled: a diverged lane disturbs no other, and resumption is bit for bit."""

@@ -879,6 +879,7 @@ def test_a_lane_alone_is_the_lane_among_others(kind: str) -> None:
         same(lane(alone, 0), lane(together, number), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_compiled_is_uncompiled() -> None:
     """The ways to re-initialise that compute more than a draw."""

@@ -185,6 +185,7 @@ def test_lanes_of_one_structure_share_a_program() -> None:
     assert sizes == [2] * 10 + [4] * 2
 
 
+@pytest.mark.slow
 def test_plan_covers_every_lane_once() -> None:
     study = load("demo", {"seeds": 3})
     for workers in (1, 2, 40):

@@ -805,7 +805,9 @@ def test_every_layer_of_many_random_networks_is_proved(
     _hold_the_map_of(kind, blocks, seed, training)
 
 
-@pytest.mark.parametrize("kind", ["vectors", "sequences", "pictures"])
+@pytest.mark.parametrize(
+    "kind", ["vectors", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sequences", "pictures"))]
+)
 @pytest.mark.parametrize("block", sorted(set(BLOCKS)))
 def test_every_block_between_two_layers(kind: str, block: str) -> None:
     for j in range(6 if block in ("unknown", "leak", "norm", "written", "overwritten") else 2):

@@ -150,6 +150,7 @@ def test_one_that_says_the_same_of_all_has_correlation_zero() -> None:
     assert float(before.measure()["utility_spearman"][0]) == 0  # nothing is known before the first step
 
 
+@pytest.mark.slow
 def test_compiled_equals_uncompiled() -> None:
     lanes = [Lane(s, SGD(lr=0.05), (UtilityQuality(score="second_order"),)) for s in range(3)]
     compiled, plain = (
