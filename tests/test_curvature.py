@@ -26,12 +26,7 @@ from perennial.noise import Noise, seed_key
 Params = dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("in_double")
 
 
 def parameters(model: nn.Module) -> Params:

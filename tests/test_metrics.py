@@ -356,6 +356,16 @@ def test_curvature_of_a_network_equals_autograd() -> None:
         hessian_effective_rank(loss, params, probes=0)
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_curvature_of_what_has_diverged(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not small:
+        monkeypatch.setattr("perennial.metrics.curvature._SMALL", 0)
+    loss, forward, params, _ = small_network(5)
+    params["0.weight"][0, 0] = math.nan
+    for value in (sharpness(loss, params), hessian_effective_rank(loss, params), ntk_effective_rank(forward, params)):
+        assert math.isnan(float(value))
+
+
 def test_the_estimate_for_large_hessians_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, _, params, _ = small_network(60)  # 603 parameters
     truth = float(hessian_effective_rank(loss, params))

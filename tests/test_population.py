@@ -30,7 +30,7 @@ from perennial.methods import Context, Intervention, Outcome, Regulariser, Scala
 from perennial.methods.base import number as scalar
 from perennial.methods.base import whole, whole_parameter
 from perennial.noise import elements
-from perennial.population import METRICS
+from perennial.population import MEASURED
 from perennial.streams import SlowlyChangingRegression
 
 OFTEN = ContinualBackprop(0.05, 5)
@@ -145,7 +145,7 @@ def test_measure_changes_nothing_and_says_the_same_twice() -> None:
     same(population.state_dict(), before)
     assert torch.equal(rng, torch.get_rng_state())
     assert population.model.training is mode
-    assert set(first) == set(METRICS)
+    assert set(first) == set(MEASURED)
     assert all(value.dtype == torch.float64 and value.shape == (2,) for value in first.values())
 
 
@@ -237,7 +237,7 @@ def test_run_returns_the_tidy_table() -> None:
     table = populate(lanes).run(30, bin=10)
     assert isinstance(table, polars.DataFrame)
     assert table.columns == ["lane", "seed", "metric", "step", "value"]
-    assert set(table["metric"]) == {"online_loss", *METRICS}
+    assert set(table["metric"]) == {"online_loss", *MEASURED}
     assert len(table) == 3 * 3 * 5
     assert table.select("lane", "metric", "step").is_unique().all()
     assert set(table["step"]) == {10, 20, 30}

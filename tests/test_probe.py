@@ -262,8 +262,6 @@ def damaged(path: Path, how: str) -> Path:
         torch.save({"step": 4, "losses": [1.0]}, file)
     elif how == "several":
         torch.save({"model": saved(), "policy": saved()}, file)
-    elif how == "nan":
-        torch.save(saved() | {"0.bias": torch.full((12,), torch.nan)}, file)
     elif how == "script":
         torch.jit.save(torch.jit.trace(net(), inputs()), str(file))
     else:
@@ -285,7 +283,6 @@ def damaged(path: Path, how: str) -> Path:
     ("list", "holds a list, not a state dict"),
     ("no state dict", "it holds step, losses"),
     ("several", "--key model or --key policy"),
-    ("nan", "not finite, in 0.bias"),
     ("script", "TorchScript archive, which holds code"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -364,6 +361,17 @@ def test_data_that_cannot_be_used_is_refused_in_words(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["probe", f"{__name__}:net", *map(str, given)])
     assert result.exit_code == 1
     assert "give --data" in result.stderr
+
+
+def test_a_checkpoint_that_has_diverged_is_shown_as_that(tmp_path: Path) -> None:
+    torch.save(saved(), tmp_path / "step_1.pt")
+    torch.save(saved() | {"0.bias": torch.full((12,), torch.nan)}, tmp_path / "step_2.pt")
+    result = run("--checkpoint", tmp_path / "step_1.pt", "--checkpoint", tmp_path / "step_2.pt", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert "it has diverged" in " ".join(result.stdout.split())
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert found["checkpoints"][1]["network"]["weight_magnitude"] is None
+    assert "it has diverged" in found["findings"][0]["text"]
 
 
 def test_only_so_many_samples_are_read(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from perennial.report.figures import positions, spread
 from perennial.report.load import load
 from perennial.report.looks import KNOWN, OTHERS, looks
 from perennial.report.series import swept
-from perennial.report.statistics import Floats, estimate, run_average
 from perennial.report.words import examples, interval_text, mean_text, number, readable
+from perennial.statistics import Floats, estimate, run_average
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import copy
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import perennial
 from perennial.methods import PROBES, REGISTRY, SGD, UPGD, Adam, ContinualBackprop, Rule
 from perennial.noise import seed_key
-from perennial.report.statistics import estimate
+from perennial.statistics import estimate
 from perennial.trainability import Learning, Trainability, learning, trainability, warm_start_gap
 from perennial.trainability.compare import _labels
 from perennial.trainability.lanes import Lanes
@@ -29,12 +29,7 @@ SAMPLES, INPUTS, CLASSES = 30, 6, 3
 QUICK: dict[str, Any] = {"steps": 10, "batch_size": 8, "seeds": 2, "every": 1, "progress": False}
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("in_double")
 
 
 def mlp(outputs: int = CLASSES) -> nn.Module:

@@ -141,11 +141,12 @@ def show(
 
 @app.command("list")
 def list_() -> None:
-    """List what ships: studies, streams, networks, and methods with their settings."""
+    """List what ships: studies, streams, networks, methods with their settings, and metrics."""
     import yaml
 
     from perennial import methods, networks, streams
     from perennial.methods import Rule
+    from perennial.metrics import METRICS
 
     for title, entries in (
         ("Studies", {name: yaml.safe_load(text).get("title", "") for name, text in shipped().items()}),
@@ -154,6 +155,7 @@ def list_() -> None:
         ("Optimizer rules", {m.name: _first_line(m) for m in methods.REGISTRY if issubclass(m, Rule)}),
         ("Interventions", {m.name: _first_line(m) for m in methods.REGISTRY if not issubclass(m, Rule)}),
         ("Probes", {m.name: _first_line(m) for m in methods.PROBES}),
+        ("Metrics", {m.name: f"{m.title} [dim](of {m.of})[/]" for m in METRICS.values()}),
     ):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, line in entries.items():

@@ -70,6 +70,12 @@ def seed_key(seed: int, purpose: str) -> tuple[int, int]:
     return _signed(z >> 32), _signed(z)
 
 
+def torch_seed(seed: int, purpose: str) -> int:
+    """The same as one number from 0 to 2^64 - 1, for a generator of torch's that a factory draws from."""
+    high, low = seed_key(seed, purpose)
+    return (high & 0xFFFFFFFF) << 32 | low & 0xFFFFFFFF
+
+
 def label_words(scope: str, name: str) -> tuple[int, int]:
     """Two 32-bit words for a name within a scope, as signed ints."""
     label = f"{scope}/{name}".encode()

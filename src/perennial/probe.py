@@ -116,9 +116,6 @@ class Probe:
         for layer, by_name in last.inapplicable.items():
             for why in by_name.values():
                 reasons.setdefault(why, []).append(layer)
-        for unread in self.units:
-            if unread.name not in last.layers:
-                reasons.setdefault("nothing read these units in evaluation mode", []).append(unread.name)
         for name, why in self.units.refused:
             reasons.setdefault(why, []).append(name)
         return [(_listed(list(dict.fromkeys(names))), why) for why, names in reasons.items()]
@@ -216,7 +213,6 @@ def probe(
         path = plan.paths[at]
         checkpoint = plan.opened or open_checkpoint(path, key)
         notes += load_into(model, checkpoint)
-        _check_finite(model, path)
         if at == 0 and any(METRICS[name].of == "change" for name in names):
             params = model.named_parameters()
             first = {name: p.detach().clone() for name, p in params if p.is_floating_point()}
@@ -299,15 +295,6 @@ def _planned(paths: Sequence[Path], start: Path | None, key: str | None) -> _Pla
 def counted_in(axis: str) -> str:
     """The word for what an entry of a checkpoint counts."""
     return next((word for word in ("epoch", "iteration") if word in axis), "step")
-
-
-def _check_finite(model: nn.Module, path: Path) -> None:
-    wrong = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    if wrong:
-        raise ProbeError(
-            f"{path} holds weights that are not finite, in {_listed(wrong)}: training has diverged by then. Take an "
-            "earlier checkpoint"
-        )
 
 
 def _notes(data: Data, axis: str, checkpoints: int) -> list[str]:

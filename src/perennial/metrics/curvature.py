@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from perennial.metrics.ranks import rank_of_shares
+from perennial.metrics.ranks import eigenvalues, rank_of_shares
 from perennial.metrics.statistics import wide_dtype
 
 _SMALL = 1024
@@ -98,7 +98,7 @@ def hessian_effective_rank(
     size = start.numel()
     if size <= _SMALL:
         columns = vmap(product)(torch.eye(size, dtype=start.dtype, device=start.device)).to(wide)
-        return rank_of_shares(torch.linalg.eigvalsh((columns + columns.T) / 2).abs())
+        return rank_of_shares(eigenvalues((columns + columns.T) / 2).abs())
     total = weighted = torch.zeros((), dtype=wide, device=start.device)
     for number in range(probes):
         probe = start if number == 0 else _direction(start, seed + number)
@@ -106,7 +106,7 @@ def hessian_effective_rank(
         magnitude = found.values.abs()
         total = total + (found.weights * magnitude).sum() * size / probes
         weighted = weighted + (found.weights * torch.xlogy(magnitude, magnitude)).sum() * size / probes
-    return torch.where(total > 0, (torch.log(total) - weighted / total).exp(), 0.0)
+    return torch.where(total > 0, (torch.log(total) - weighted / total).exp(), 0.0 * total)
 
 
 def ntk_effective_rank(forward: Callable[[dict[str, Tensor]], Tensor], params: Mapping[str, Tensor]) -> Tensor:
@@ -139,8 +139,8 @@ def ntk_effective_rank(forward: Callable[[dict[str, Tensor]], Tensor], params: M
     rows = vmap(lambda v: pull(v)[0], chunk_size=64)(torch.eye(out.numel(), dtype=out.dtype, device=out.device))
     wide = wide_dtype(out)
     kernel = sum((j.flatten(1).to(wide) @ j.flatten(1).to(wide).T for j in rows.values()), torch.zeros_like(out[0]))
-    values = torch.linalg.eigvalsh(kernel).clamp(min=0)
-    return rank_of_shares(torch.where(values > values[-1] * 1e-12, values, 0.0))
+    values = eigenvalues(kernel).clamp(min=0)
+    return rank_of_shares(torch.where(values <= values[-1] * 1e-12, 0.0, values))
 
 
 class _Ritz(NamedTuple):
@@ -190,6 +190,8 @@ def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor, iterations: int
         for _ in range(2):  # twice is enough (Parlett)
             image = image - span.T @ (span @ image)
         rest = image.norm()
+        if not bool(torch.isfinite(rest)):
+            return _Ritz(torch.full_like(rest[None], torch.nan), torch.ones_like(rest[None]), 0.0)
         small = torch.diag(torch.stack(diagonal))
         if beside:
             off = torch.stack(beside)

@@ -32,10 +32,14 @@ def singular_values(matrix: Tensor | UnitStatistics) -> Tensor:
         x = as_matrix(matrix.detach())
         x = x.to(wide_dtype(x))
         gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
-    finite = torch.isfinite(gram).all()  # the decomposition stops at other numbers, and under vmap all lanes with it
-    squares = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp(min=0).flip(-1)
-    values: Tensor = torch.where(squares > squares[:1] * 1e-14, squares, 0.0).sqrt()
-    return torch.where(finite, values, torch.nan)
+    squares = eigenvalues(gram).clamp(min=0).flip(-1)
+    return torch.where(squares <= squares[:1] * 1e-14, 0.0, squares).sqrt()
+
+
+def eigenvalues(symmetric: Tensor) -> Tensor:
+    """Of a symmetric matrix, ascending; NaN if an entry is not finite, at which the decomposition itself would stop."""
+    finite = torch.isfinite(symmetric).all()
+    return torch.where(finite, torch.linalg.eigvalsh(torch.where(finite, symmetric, 0.0)), torch.nan)
 
 
 def effective_rank_entropy(features: Tensor | UnitStatistics) -> Tensor:

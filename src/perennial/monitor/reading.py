@@ -115,7 +115,7 @@ def read(
             layers[layer] = {name: float(value) for name, value in values.items()}
             last = layers[layer]
         for layer in (layer.name for layer in units if layer.name not in seen.activations):
-            reasons[layer] = dict.fromkeys(of_units, f"nothing reads {layer} in evaluation mode on this example")
+            reasons[layer] = dict.fromkeys(of_units, "nothing reads these units in evaluation mode on this example")
         network: dict[str, float] = {}
         for name in names:
             metric = METRICS[name]

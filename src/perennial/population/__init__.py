@@ -1,6 +1,6 @@
 """Many runs as one compiled program."""
 
 from perennial.population.lanes import Lane, LaneState
-from perennial.population.population import METRICS, Population
+from perennial.population.population import MEASURED, Population
 
-__all__ = ["METRICS", "Lane", "LaneState", "Population"]
+__all__ = ["MEASURED", "Lane", "LaneState", "Population"]

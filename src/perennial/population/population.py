@@ -20,7 +20,7 @@ from perennial import metrics, networks
 from perennial.compiler import compile_step
 from perennial.methods import Context, Intervention, Method, Regulariser
 from perennial.methods.base import Tensors
-from perennial.noise import Noise, seed_key
+from perennial.noise import Noise, seed_key, torch_seed
 from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
 from perennial.streams import Stream
 from perennial.units import build_and_record, observe, trace
@@ -28,7 +28,7 @@ from perennial.units import build_and_record, observe, trace
 _CHUNK_BYTES = 1 << 25
 """Examples are made this much at a time."""
 
-METRICS = ("dead_units", "weight_magnitude", "effective_rank_entropy", "units_replaced")
+MEASURED = ("dead_units", "weight_magnitude", "effective_rank_entropy", "units_replaced")
 """What :meth:`Population.measure` says if not asked for anything else, besides what methods measure."""
 
 
@@ -119,9 +119,8 @@ class Population:
 
     @staticmethod
     def _build(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        high, low = seed_key(seed, "init")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((high & 0xFFFFFFFF) << 32 | low & 0xFFFFFFFF)
+            torch.manual_seed(torch_seed(seed, "init"))
             model, initial = build_and_record(factory)
         if list(model.buffers()):
             names = ", ".join(name for name, _ in model.named_buffers())
@@ -498,14 +497,14 @@ class Population:
         Args:
             names: ``"units_replaced"``, what the lanes' interventions measure (their ``MEASURES``), and any of
                 :data:`~perennial.metrics.METRICS` that is taken of units, of features (those of the last hidden layer)
-                or of weights. None: the module's ``METRICS`` and the interventions' measures.
+                or of weights. None: ``MEASURED`` and the interventions' measures.
             samples: inputs.
 
         Raises:
             ValueError: something else is asked for.
         """
         told = [name for method in self.lanes[0].interventions for name in method.MEASURES]
-        asked = (*METRICS, *told) if names is None else tuple(names)
+        asked = (*MEASURED, *told) if names is None else tuple(names)
         self._check_names(asked, told)
         gone = self.inapplicable(asked)
         wanted = [name for name in asked if name not in gone]
@@ -563,7 +562,7 @@ class Population:
         told = {name: [row[name] for row in rows] for name in rows[0]}
         return {n: torch.tensor(v, dtype=torch.float64, device=self.device) for n, v in told.items()}
 
-    def inapplicable(self, names: Sequence[str] = METRICS) -> dict[str, str]:
+    def inapplicable(self, names: Sequence[str] = MEASURED) -> dict[str, str]:
         """Those of some metrics that mean nothing for this network, with the reason.
 
         One of units is taken over the layers to which it applies, and is among these if there are none.

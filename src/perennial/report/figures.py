@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from perennial.report.load import Part
 from perennial.report.looks import Look
 from perennial.report.series import LOSS, measure
-from perennial.report.statistics import LEVEL, Floats
 from perennial.report.svg import Drawing, drawing_style, render
 from perennial.report.tables import method_of
 from perennial.report.words import examples, number
+from perennial.statistics import LEVEL, Floats
 
 WIDE, NARROW = (780, 400), (480, 290)
 """Width and height in points of a figure over the whole page, and of one of two beside each other."""

@@ -5,22 +5,21 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from perennial.report.figures import curve_figure, sensitivity_figure
 from perennial.report.load import Part, Run, load
 from perennial.report.looks import Look, looks
 from perennial.report.series import measure
-from perennial.report.statistics import LEVEL, RESAMPLES
 from perennial.report.svg import FONTS, Drawing
 from perennial.report.tables import QUANTITIES, Tables, method_of, tabulate
+from perennial.report.templates import template
 from perennial.report.words import cost, facts, quantity, readable
+from perennial.statistics import LEVEL, RESAMPLES
 
 SHOWN = 3
 """Settings of a gridded method in the table on the page; the CSV has them all."""
@@ -62,10 +61,7 @@ def write_report(directory: Path) -> Path:
         _write(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings.values()})
         _write(directory / "tables", frames)
         shown.append(_context(run, chapter, drawings, frames, look))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["commas"] = lambda value: f"{value:,}"
-    template = environment.from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
-    page = template.render(
+    page = template("template.html.j2").render(
         run=run,
         paragraphs=[p for p in re.split(r"\n\s*\n", run.description.strip()) if p],
         parts=shown,

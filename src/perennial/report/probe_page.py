@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from perennial.metrics import METRICS
 from perennial.monitor.figure import NETWORK, colours, in_legend, metrics_of, panel
 from perennial.probe import Probe, cell, counted_in
 from perennial.report.svg import FONTS, Drawing, drawing_style, render
+from perennial.report.templates import template
 from perennial.report.words import examples
 
 _SIZE = (4.6, 2.7)  # inches, of one of two or more figures beside each other
@@ -21,16 +19,14 @@ _NAMED = 5  # checkpoints whose names have room below an axis
 
 def page(found: Probe) -> str:
     """The page as HTML: findings, tables, and for several checkpoints a figure a metric. It loads nothing."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_text("probe.html.j2"))
     last = found.readings[-1]
     layers = list(dict.fromkeys(name for values in last.layers.values() for name in values))
     whole = list(dict.fromkeys(name for reading in found.readings for name in reading.network))
     several = len(found.readings) > 1
     facts = found.as_json()
     return (
-        template.render(
-            style=Markup(environment.from_string(_style()).render(fonts=Markup(FONTS))),
+        template("probe.html.j2").render(
+            fonts=Markup(FONTS),
             found=found,
             last=found.checkpoints[-1],
             findings=found.words(),
@@ -100,14 +96,3 @@ def _rows(groups: list[tuple[str, Any]], names: list[str]) -> list[dict[str, Any
 
 def _short(text: str) -> str:
     return text if len(text) <= 12 else f"{text[:5]}…{text[-6:]}"
-
-
-def _text(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _style() -> str:
-    """The report's own style element, so that both pages look alike."""
-    found = re.search(r"<style>.*?</style>", _text("template.html.j2"), re.DOTALL)
-    assert found is not None
-    return found[0]

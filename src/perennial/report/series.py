@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from perennial.metrics import METRICS
 from perennial.report.load import Method, Part, Run
-from perennial.report.statistics import Floats
+from perennial.statistics import Floats
 
 
 @dataclass(frozen=True)

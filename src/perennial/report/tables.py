@@ -11,7 +11,7 @@ import polars as pl
 
 from perennial.report.load import Method, Part, Run
 from perennial.report.series import Series, diagnostics, main_metric, measure, series_of, swept
-from perennial.report.statistics import Estimate, estimate, run_average
+from perennial.statistics import Estimate, estimate, run_average
 
 _CURVE = {
     "metric": pl.String,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from perennial.population import METRICS
+from perennial.population import MEASURED
 from perennial.studies.schema import (
     MethodEntry,
     Part,
@@ -192,7 +192,7 @@ def _check_metric(part: Part, variants: Sequence[Variant], where: str) -> None:
     """That every method has what the part is judged by."""
     if part.judged_by is None:
         return
-    every = ["online_loss", *METRICS]
+    every = ["online_loss", *MEASURED]
     every += ["online_accuracy"] if stream_of(part, where).task == "classification" else []
     every += ["sample_plasticity"] if part.plasticity_every else []
     for variant in variants:

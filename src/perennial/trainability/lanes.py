@@ -17,7 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from perennial.methods import Context, Rule
-from perennial.noise import Noise, elements, seed_key
+from perennial.noise import Noise, elements, seed_key, torch_seed
 from perennial.units import Distribution, UnitMap
 from perennial.units.trace import undisturbed
 
@@ -71,20 +71,14 @@ def device_of(network: nn.Module) -> torch.device:
     return next((t.device for t in tensors(network).values()), torch.device("cpu"))
 
 
-def word(seed: int, purpose: str) -> int:
-    """A seed of torch's for one purpose of a seed."""
-    high, low = seed_key(seed, purpose)
-    return (high & 0xFFFFFFFF) << 32 | low & 0xFFFFFFFF
-
-
 def generator(seed: int, purpose: str) -> torch.Generator:
     """A generator of its own for one purpose of a seed."""
-    return torch.Generator().manual_seed(word(seed, purpose))
+    return torch.Generator().manual_seed(torch_seed(seed, purpose))
 
 
 def seed_globally(seed: int, purpose: str) -> None:
     """Seed the global generators that factories and models draw from."""
-    one = word(seed, purpose)
+    one = torch_seed(seed, purpose)
     torch.default_generator.manual_seed(one)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(one)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats: TypeAlias = NDArray[np.float64]
+from perennial.statistics import Floats, estimate
 
 
 class Paired(NamedTuple):
@@ -171,7 +171,6 @@ class Trainability:
 
         from perennial.report.figures import LABEL, NARROW
         from perennial.report.looks import KNOWN
-        from perennial.report.statistics import estimate
         from perennial.report.svg import drawing_style
 
         with drawing_style("trainability"):
@@ -229,10 +228,8 @@ def paired(values: Floats) -> Paired:
     known = values[np.isfinite(values)]
     if len(known) < 2:
         return Paired(mean(known), np.nan, np.nan, len(known))
-    # As perennial.report.statistics.estimate, which cannot be had without the libraries that the report draws with.
-    drawn = np.random.default_rng(20240821).integers(0, len(known), (5000, len(known)))
-    low, high = np.quantile(known[drawn].mean(1), (0.025, 0.975))
-    return Paired(mean(known), float(low), float(high), len(known))
+    found = estimate(known[:, None])
+    return Paired(float(found.mean[0]), float(found.low[0]), float(found.high[0]), len(known))
 
 
 def mean(values: Floats) -> float:
