@@ -29,7 +29,7 @@ Place = tuple[str, int]
 """``("weight", 0)`` is the first layer's matrix [out, in], ``("bias", 0)`` its bias."""
 
 Fresh = Any
-"""What an event made anew: (layer, unit), or the place of a whole parameter."""
+"""What an event made anew: (layer, unit), the place of a whole parameter, or a place and a single weight of it."""
 
 
 # --- the network and its gradient -----------------------------------------------------------------------------------
@@ -234,6 +234,10 @@ class Adam:
     def forget(self, place: Place, where: Any) -> None:
         for table in (self.mean, self.square, self.time):
             table[place][where] = 0
+
+    def forget_single(self, place: Place, at: tuple[int, ...]) -> None:
+        """Of a weight that is no row's or column's: its count stays."""
+        self.mean[place][at] = self.square[place][at] = 0
 
 
 class PGD:
@@ -690,6 +694,65 @@ class FIRE:
         return chosen
 
 
+class SET:
+    """Of each layer's weights that are there the smallest go, and as many come at random."""
+
+    def __init__(self, settings: Any, network: Network) -> None:
+        self.s = settings
+        # the first mask is drawn before the first step: what is absent is zero, and nothing else is
+        self.there = {place: set(zip(*np.nonzero(w), strict=True)) for place, w in network.values.items()}
+        self.steps = 0
+
+    def worth(self, place: Place, given: Given) -> np.ndarray:
+        """What is absent comes by this, the largest first."""
+        return given.uniform(f"{parameter(place)}/growth", self.slope[place].shape)
+
+    def share(self) -> float:
+        return float(self.s.drop)
+
+    def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
+        self.steps += 1
+        self.slope = given.grads
+        for place, w in network.values.items():
+            if place[0] == "weight":
+                for at in np.ndindex(w.shape):
+                    if at not in self.there[place]:
+                        w[at] = 0
+        return []
+
+    def event(self, network: Network, given: Given) -> list[Fresh]:
+        fresh: list[Fresh] = []
+        for place, w in network.values.items():
+            if place[0] == "bias":
+                continue
+            before = self.there[place]
+            worth = self.worth(place, given)
+            exchanged = int(self.share() * len(before) + 1e-9)
+            chance = given.uniform(f"{parameter(place)}/drop", w.shape)
+            after = set(sorted(before, key=lambda at, w=w, c=chance: (abs(w[at]), -c[at]))[exchanged:])
+            chance = given.uniform(f"{parameter(place)}/grow", w.shape)
+            absent = [at for at in np.ndindex(w.shape) if at not in after]
+            after |= set(sorted(absent, key=lambda at, v=worth, c=chance: (-v[at], c[at]))[:exchanged])
+            for at in np.ndindex(w.shape):
+                if at not in before or at not in after:
+                    w[at] = 0
+            fresh += [(*place, at) for at in after - before]
+            self.there[place] = after
+        return fresh
+
+
+class RigL(SET):
+    """The same with the largest gradients, of fewer and fewer weights."""
+
+    def worth(self, place: Place, given: Given) -> np.ndarray:
+        return np.abs(self.slope[place])
+
+    def share(self) -> float:
+        if self.s.until is None:
+            return float(self.s.drop)
+        return float(self.s.drop / 2 * (1 + math.cos(math.pi * self.steps / self.s.until)))
+
+
 class ReplacesUnits:
     """What is done to a unit once it has been chosen."""
 
@@ -920,8 +983,9 @@ class Reference:
     statement: Callable[[Any, Network], Any]
     """Made of (settings, network). A rule has ``step(network, grads, given)``, ``forget(place, where)`` and, if it
     keeps anything by unit, ``forget_unit(layer, unit)``; an intervention has ``step(network, hidden, given) ->
-    [(layer, unit) replaced]`` and, if it has events, ``event(network, given) -> [(layer, unit) or place made anew]``;
-    a regulariser has ``slope(network)``."""
+    [(layer, unit) replaced]`` and, if it has events, ``event(network, given) -> [(layer, unit), place or (*place, index
+    of a weight) made anew]``; a regulariser has ``slope(network)``. A rule that forgets less of a single weight than of
+    a row has ``forget_single(place, index)``."""
     rows: Mapping[str, Mapping[str, Any]]
     """Label -> hyper-parameters. For an intervention ``rule`` may name the rule it follows; else plain SGD."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -944,6 +1008,8 @@ _MOMENTS = {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-2, "utility_decay
 _ANCHORED = {"lr": 0.02, "strength": 2.0, "importance_decay": 0.9, "anchor_decay": 0.95}
 _TRAVELLED = _ANCHORED | {"strength": 0.1, "eps": 1e-2}
 _MOMENTUM = ("sgd", {"lr": 0.005, "momentum": 0.9})
+_DECAYING = ("sgd", {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.1})
+_DECAYING_ADAM = ("adam", {"lr": 0.01, "weight_decay": 0.1, "decoupled": True})
 _AVERAGED = {"threshold": 0.6, "every": 10, "score_decay": 0.9}
 
 REFERENCES: dict[str, Reference] = {
@@ -1142,6 +1208,20 @@ REFERENCES: dict[str, Reference] = {
                 "bias_transfer": True,
             },
         },
+    ),
+    "set": Reference(
+        SET,
+        {"plain": {"density": 0.6, "drop": 0.4, "every": 10, "rule": _MOMENTUM}},
+        {"uniform, at a task": {"density": 0.5, "distribution": "uniform", "every": None, "rule": _DECAYING_ADAM}},
+    ),
+    "rigl": Reference(
+        RigL,
+        {"plain": {"density": 0.6, "drop": 0.4, "every": 10, "until": 150, "rule": _DECAYING}},
+        {
+            "after adam": {"density": 0.4, "every": 5, "until": 100, "rule": _DECAYING_ADAM},
+            "for ever, at a task": {"density": 0.5, "distribution": "er", "every": None, "until": None},
+        },
+        compiled=("after adam",),
     ),
     "continual_backprop": Reference(
         ContinualBackprop,
@@ -1352,8 +1432,10 @@ class Replay:
 
     def _forget(self, made: Sequence[Fresh]) -> list[tuple[int, int]]:
         """Fresh weights get a fresh state of the rule; says which of what was made anew are units."""
-        for place, where in made:
-            if isinstance(place, str):
+        for place, where, *single in made:
+            if single:
+                getattr(self.rule, "forget_single", self.rule.forget)((place, where), single[0])
+            elif isinstance(place, str):
                 self.rule.forget((place, where), ...)
                 if place == "weight" and hasattr(self.rule, "forget_unit"):
                     self.rule.forget_unit(where, ...)  # a layer made anew is made of new units

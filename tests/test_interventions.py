@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from perennial.methods import (
     DASH,
     FIRE,
+    SET,
     Context,
     HareAndTortoise,
     Intervention,
@@ -28,6 +29,7 @@ from perennial.methods import (
     Parseval,
     Regulariser,
     ResetLayers,
+    RigL,
     ShrinkAndPerturb,
     SpectralRegularisation,
     WassersteinInit,
@@ -76,6 +78,9 @@ class Bench:
         self.method: Any = method
         self.params = dict(self.start)
         self.state = method.init(self.params, self.units)
+        self.time = -1
+        changed, self.state = method.begin(self.params, self.state, self.context())
+        self.params = self.params | changed
         self.time = 0
 
     def train(self, distance: float = 0.3) -> Bench:
@@ -286,7 +291,7 @@ def test_parseval_makes_rows_orthogonal_or_columns_where_rows_cannot_be(scale: f
         assert torch.equal(b.params[name], start[name])
 
 
-@pytest.mark.parametrize("power", [1, 2, 3])
+@pytest.mark.parametrize("power", [1, *(pytest.param(power, marks=pytest.mark.slow) for power in (2, 3))])
 def test_spectral_takes_the_largest_singular_value_to_1(power: int) -> None:
     b = Bench(SpectralRegularisation(0.02, power=power)).train()
     trained = b.params
@@ -688,6 +693,8 @@ ALL = [
     HareAndTortoise(0.8),
     DASH(0.2),
     FIRE(),
+    SET(0.4),
+    RigL(0.4, until=500),
 ]
 every_one = pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
 

@@ -38,7 +38,7 @@ def test_every_shipped_study_is_sound_and_survives_its_own_yaml(name: str, tmp_p
     assert study.description
     assert study.source
     again = load(written(tmp_path, as_yaml(study)))
-    assert again.parts == study.parts
+    assert again.model_dump(exclude={"name"}) == study.model_dump(exclude={"name"})
 
 
 def test_the_regression_study_is_the_papers() -> None:

@@ -81,7 +81,7 @@ def run(
 
     Examples: `perennial run demo`; `perennial run permuted-digits --seeds 30 --set methods.adam.rule.lr=1e-2,1e-3`
     """
-    from perennial.report import write_report
+    from perennial.cli_report import write_report
     from perennial.runs import RunError, execute
 
     expanded = _study(study, seeds, steps, settings)
@@ -106,7 +106,7 @@ def run(
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="A run directory, finished or not.")]) -> None:
     """Write a run's report again: report.html, figures and tables, from the results in the directory."""
-    from perennial.report import write_report
+    from perennial.cli_report import write_report
 
     try:
         page = write_report(directory)
@@ -118,7 +118,7 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory, fini
 
 def _summary(directory: Path) -> None:
     """The report's table in short: every method at its best setting."""
-    from perennial.report import summary_table
+    from perennial.cli_report import summary_table
 
     rows = summary_table(directory)
     parts = rows.partition_by("Part", maintain_order=True, as_dict=True) if "Part" in rows.columns else {(None,): rows}

@@ -73,7 +73,7 @@ def probe(
 
     Example: `perennial probe mypackage.models:make_net --checkpoint step_1000.pt --data batch.npy`
     """
-    from perennial.runs.directory import RunError
+    from perennial.storage import RunError
 
     console, errors = Console(), Console(stderr=True)
 
@@ -195,7 +195,7 @@ def write(found: Probe, folder: Path) -> None:
         RunError: the folder cannot be written.
     """
     from perennial.report.probe_page import page
-    from perennial.runs.directory import write as replace
+    from perennial.storage import write as replace
 
     text = json.dumps(found.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
     html = page(found)

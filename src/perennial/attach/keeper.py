@@ -152,6 +152,7 @@ class Keeper:
         """What is to be known of layers that are kept, by name: that their units are silent on the example, say."""
         self.steps = 0
         """Optimizer steps seen."""
+        self._begun: dict[str, tuple[Tensor, Tensor]] = {}
         self._model, self._optimizer, self._loss_of_batch = model, optimizer, loss
         self._params = trained(model, optimizer)
         self._named = dict(model.named_parameters())
@@ -164,6 +165,7 @@ class Keeper:
         with torch.no_grad():
             self.state: Any = method.init({name: _wide(p).clone() for name, p in self._params.items()}, units)
             """The method's state."""
+            self._begin()
         self._total = {
             layer.name: torch.zeros(layer.size, dtype=torch.int64, device=device)
             for layer in (units if isinstance(method, ReplacesUnits) else ())
@@ -248,10 +250,26 @@ class Keeper:
             self._renew(method.replaced(self.state))
             self.steps += 1
             self._here += 1
+            self._begun.clear()
             if self._here == 10:
                 self._warn_of_a_missing_penalty()
             if method.due(self.steps, False):
                 self._event()
+
+    def _begin(self) -> None:
+        """What the method does before the first step. Until that is made, what was overwritten is kept, with what it
+        was overwritten by: the weights may be those of a checkpoint, of which the optimizer's part is loaded next."""
+        context = self._context({}, {})._replace(grads={})
+        changed, self.state = self.method.begin(self._params, self.state, context)
+        self._begun = {name: (self._live(name).detach().clone(), new) for name, new in changed.items()}
+        self._write(changed)
+
+    def _begin_undone(self) -> None:
+        """Put back what :meth:`_begin` has overwritten, but for what was loaded since."""
+        for name, (old, new) in self._begun.items():
+            if torch.equal(self._live(name), new):
+                self._live(name).copy_(old)
+        self._begun.clear()
 
     def _event(self) -> None:
         context = self._context({}, {})._replace(grads={})  # as in a population: what it goes by is in its state
@@ -317,7 +335,11 @@ class Keeper:
 
     def _write(self, changed: Mapping[str, Tensor]) -> None:
         for name, value in changed.items():
-            (self._params[name] if name in self._params else self._buffers[name]).copy_(value)
+            self._live(name).copy_(value)
+
+    def _live(self, name: str) -> Tensor:
+        """The model's own parameter or buffer."""
+        return self._params[name] if name in self._params else self._buffers[name]
 
     def _warn_of_a_missing_penalty(self) -> None:
         method = self.method
@@ -421,6 +443,10 @@ class Keeper:
             self._total[name].copy_(total)
         self._fresh.load_state_dict(loaded["counts"])
         self._loaded = {}
+        with torch.no_grad():
+            self._begin_undone()
+            if not self.steps:
+                self._begin()
 
     # --- showing ----------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,10 @@ from perennial.methods.pgd import PGD
 from perennial.methods.redo import ReDo
 from perennial.methods.regrama import ReGraMa
 from perennial.methods.reset_layers import ResetLayers
+from perennial.methods.rigl import RigL
 from perennial.methods.rwalk import RWalk
 from perennial.methods.self_normalized_resets import SelfNormalizedResets
+from perennial.methods.set import SET
 from perennial.methods.sgd import SGD
 from perennial.methods.shrink_and_perturb import ShrinkAndPerturb
 from perennial.methods.spectral_regularisation import SpectralRegularisation
@@ -57,6 +59,8 @@ REGISTRY: tuple[type[Method], ...] = (
     ReDo,
     ReGraMa,
     SelfNormalizedResets,
+    SET,
+    RigL,
 )
 
 PROBES: tuple[type[Intervention], ...] = (UtilityQuality,)
@@ -70,6 +74,7 @@ __all__ = [
     "PGD",
     "PROBES",
     "REGISTRY",
+    "SET",
     "SGD",
     "UPGD",
     "AdaUPGD",
@@ -89,6 +94,7 @@ __all__ = [
     "ReGraMa",
     "Regulariser",
     "ResetLayers",
+    "RigL",
     "Rule",
     "Scalar",
     "SelfNormalizedResets",

@@ -236,6 +236,15 @@ class Intervention(Method):
     OFF: ClassVar[Mapping[str, Any]] = {}
     """The hyper-parameters at which it does nothing, bit for bit."""
 
+    def begin(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
+        """Once, before the first step, run eagerly: the parameters that change, by name, and the next state.
+
+        For what ``init`` cannot do, which has no random numbers and changes nothing. The context has the noise of step
+        -1 and the units, and nothing else. A function of the parameters and the noise alone: where a checkpoint is
+        loaded before the first step it is undone, or done again with the checkpoint's seed.
+        """
+        return {}, state
+
     def step(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
         """After every optimizer step: the parameters that change, by name, and the next state."""
         return {}, state

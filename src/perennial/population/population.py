@@ -162,8 +162,13 @@ class Population:
             params = drawn[lane.seed]
             zero = torch.zeros((), dtype=torch.int32, device=self.device)
             total = zero.to(torch.float64)
-            states = tuple(method.init(params, self.units) for method in lane.methods)
-            return LaneState(params, states, zero, zero - 1, zero, total, total, total)
+            states = [method.init(params, self.units) for method in lane.methods]
+            noise = Noise(torch.tensor(seed_key(lane.seed, "method"), dtype=torch.int32, device=self.device), zero - 1)
+            for position, method in enumerate(lane.interventions, start=1):
+                context = Context({}, {}, noise.scoped(method.name), self.units)
+                changed, states[position] = method.begin(params, states[position], context)
+                params = params | changed
+            return LaneState(params, tuple(states), zero, zero - 1, zero, total, total, total)
 
         first = one(self.lanes[0])
         leaves, self._spec = pytree.tree_flatten(first)

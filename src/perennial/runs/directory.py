@@ -1,16 +1,12 @@
-"""What a run leaves on disk, and how it gets there whole.
+"""What a run leaves on disk.
 
-Files are written beside their place, flushed to disk and renamed over it. A job's manifest is the one file that says
-which segments and which checkpoint belong together: it is replaced last, so that a run killed at any instant finds
-either the old pair or the new one.
+A job's manifest is the one file that says which segments and which checkpoint belong together: it is replaced last, so
+that a run killed at any instant finds either the old pair or the new one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,8 @@ from typing import Any
 import polars
 import torch
 from torch import Tensor
+
+from perennial.storage import read_json, write, write_json
 
 RESULT_SCHEMA = {
     "part": polars.String,
@@ -28,46 +26,6 @@ RESULT_SCHEMA = {
     "step": polars.Int64,
     "value": polars.Float64,
 }
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says what stands in the way and what to do."""
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file in one go, or leave it as it was.
-
-    Raises:
-        RunError: the folder cannot be written or the disk is full; what was there before is intact.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise RunError(
-            f"{path} could not be written: {error.strerror or error}. Nothing written before is lost; make room or "
-            "name another folder with --out, then run the same command again"
-        ) from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Replace a JSON file."""
-    write(path, (json.dumps(data, indent=1) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content, or None where there is no such file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
 
 
 def write_table(path: Path, table: polars.DataFrame) -> None:

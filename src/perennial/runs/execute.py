@@ -10,6 +10,7 @@ import platform
 import queue
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -21,10 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 import perennial
-from perennial.runs.directory import RESULT_SCHEMA, JobFolder, RunError, read_json, write, write_json, write_table
+from perennial.runs.directory import RESULT_SCHEMA, JobFolder, write_table
 from perennial.runs.job import work
 from perennial.runs.plan import Job, lanes_of, make_plan, read_plan
-from perennial.studies import Study, as_yaml
+from perennial.runs.supply import looks_of, run_supply
+from perennial.storage import RunError, read_json, write, write_json
+from perennial.studies import Study, SupplyStudy, TicketStudy, as_yaml, seeds_of
+from perennial.tickets.experiment import Job as SearchJob
+from perennial.tickets.experiment import run_experiment
 
 
 class Interrupted(RunError):
@@ -32,7 +37,7 @@ class Interrupted(RunError):
 
 
 def execute(
-    study: Study,
+    study: Study | TicketStudy | SupplyStudy,
     directory: Path,
     *,
     resume: bool = True,
@@ -61,6 +66,13 @@ def execute(
     count = workers if workers is not None else (os.cpu_count() or 1)
     if count < 1:
         raise RunError(f"--workers is {count}; it must be at least 1")
+    if not isinstance(study, Study):
+        _claim(study, directory, resume)
+        write(directory / "study.yaml", as_yaml(study).encode())
+        _note_environment(directory, finished=None)
+        _run_other(study, directory, count, where, console)
+        _note_environment(directory, finished=_now())
+        return
     jobs = _prepare(study, directory, resume, count, where)
     _note_environment(directory, finished=None)
     threads = max(1, (os.cpu_count() or 1) // count)
@@ -81,30 +93,78 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _prepare(study: Study, directory: Path, resume: bool, workers: int, device: torch.device) -> list[Job]:
-    text = as_yaml(study)
+def _claim(study: Study | TicketStudy | SupplyStudy, directory: Path, resume: bool) -> bool:
+    """See that a directory is free for a study, or holds a run of it; whether it does."""
     held = directory / "study.yaml"
     if held.exists() and not resume:
         number = next(n for n in range(1, 10_000) if not directory.with_name(f"{directory.name}.{n}").exists())
         os.replace(directory, directory.with_name(f"{directory.name}.{number}"))
     if held.exists():
-        if held.read_text() != text:
+        if held.read_text() != as_yaml(study):
             raise RunError(
                 f"{directory} holds a run of another study or other settings; name another folder with --out, or set "
                 "that run aside with --no-resume"
             )
-        planned = read_json(directory / "plan.json")
-        if planned is not None:
-            return read_plan(planned)
-    elif directory.exists() and any(directory.iterdir()):
+        return True
+    if directory.exists() and any(directory.iterdir()):
         raise RunError(f"{directory} is not empty and holds no run; name another folder with --out")
+    return False
+
+
+def _prepare(study: Study, directory: Path, resume: bool, workers: int, device: torch.device) -> list[Job]:
+    if _claim(study, directory, resume) and (planned := read_json(directory / "plan.json")) is not None:
+        return read_plan(planned)
     try:
         jobs = make_plan(study, workers, device)
     except ValueError as error:
         raise RunError(str(error)) from error
-    write(held, text.encode())
+    write(directory / "study.yaml", as_yaml(study).encode())
     write_json(directory / "plan.json", [job.as_json() for job in jobs])
     return jobs
+
+
+def _run_other(
+    study: TicketStudy | SupplyStudy, directory: Path, workers: int, device: torch.device, console: Console
+) -> None:
+    """A study that is not made of parts, with its progress."""
+    with _progress(console) as progress:
+        try:
+            if isinstance(study, TicketStudy):
+                _search(study, directory, workers, device, progress)
+            else:
+                seeds = len(seeds_of(study.life, "life"))
+                totals = {"lives": seeds * study.life.steps * len(study.life.methods), "looks": len(looks_of(study))}
+                bars = {what: progress.add_task(what, total=total) for what, total in totals.items()}
+                run_supply(
+                    study,
+                    directory,
+                    workers=workers,
+                    device=str(device),
+                    progress=lambda what, amount: progress.advance(bars[what], amount),
+                )
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped; everything up to now is saved in {directory}. Run the same command again to go on"
+            ) from None
+        except (FileNotFoundError, ValueError) as error:
+            raise RunError(str(error)) from error
+
+
+def _search(study: TicketStudy, directory: Path, workers: int, device: torch.device, progress: Progress) -> None:
+    """All trainings of a search for tickets and of its controls."""
+    experiment = study.tickets
+    of_kind = Counter(job.kind for job in experiment.jobs())
+    bars = {
+        kind: progress.add_task(kind.replace("_", " "), total=experiment.training.iterations * count)
+        for kind, count in of_kind.items()
+    }
+    made: dict[SearchJob, int] = {}
+
+    def advance(job: SearchJob, step: int) -> None:
+        progress.advance(bars[job.kind], step - made.get(job, 0))
+        made[job] = step
+
+    run_experiment(experiment, directory, workers=workers, device=str(device), progress=advance)
 
 
 def _train(

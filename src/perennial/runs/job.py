@@ -13,9 +13,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from perennial.population import Population
-from perennial.runs.directory import JobFolder, RunError, read_json
+from perennial.runs.directory import JobFolder
 from perennial.runs.plan import Job, lanes_of, read_plan
-from perennial.studies import factory_of, load, stream_of
+from perennial.storage import RunError, read_json
+from perennial.studies import Study, factory_of, load, stream_of
 
 
 class Stopped(Exception):
@@ -48,6 +49,7 @@ def run_job(
         report(folder.manifest["step"])
         return
     study = load(str(directory / "study.yaml"))
+    assert isinstance(study, Study)
     part = study.parts[job.part]
     stream = stream_of(part, job.part)
     variants, lanes = lanes_of(study, job)

@@ -19,7 +19,7 @@ import torch
 from perennial.compiler import VECTOR, cache_folder
 from perennial.population import Lane, Population
 from perennial.population.lanes import structure
-from perennial.runs.directory import read_json, write_json
+from perennial.storage import read_json, write_json
 from perennial.studies import Study, Variant, factory_of, seeds_of, stream_of, variants_of
 
 _SMALL = 1 << 22

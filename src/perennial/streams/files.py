@@ -52,35 +52,86 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=begin).reshape(shape)
 
 
-@lru_cache(maxsize=1)
-def mnist() -> tuple[Tensor, Tensor]:
-    """The training images of MNIST, uint8 [60000, 784], and their classes, int64 [60000], in the original order.
+@lru_cache(maxsize=2)
+def mnist(part: str = "train") -> tuple[Tensor, Tensor]:
+    """The images of MNIST, uint8 [60000, 784], and their classes, int64 [60000], in the original order.
 
-    Read from ``PERENNIAL_DATA/mnist``: the official ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``,
-    gzipped or not.
+    Read from ``PERENNIAL_DATA/mnist``: the official ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, for
+    the test set ``t10k-...``, gzipped or not.
+
+    Args:
+        part: ``train``, or ``test`` (10,000 images).
 
     Raises:
         FileNotFoundError: they are not there; says what to put where.
         ValueError: they are not what they should be.
     """
-    base = data_folder()
-    if base is None:
-        raise FileNotFoundError(
-            "MNIST is needed: set the environment variable PERENNIAL_DATA to a folder that holds "
-            "mnist/train-images-idx3-ubyte.gz and mnist/train-labels-idx1-ubyte.gz"
-        )
-    found = {}
-    for name, shape in (("train-images-idx3-ubyte", (60000, 28, 28)), ("train-labels-idx1-ubyte", (60000,))):
-        options = [base / "mnist" / name, base / "mnist" / f"{name}.gz"]
-        path = next((p for p in options if p.exists()), None)
-        if path is None:
-            raise FileNotFoundError(f"MNIST is needed, but there is no {options[1]}; put the official file there")
+    name, count = {"train": ("train", 60_000), "test": ("t10k", 10_000)}[part]
+    found = []
+    for file, shape in ((f"{name}-images-idx3-ubyte", (count, 28, 28)), (f"{name}-labels-idx1-ubyte", (count,))):
+        path = _there("MNIST", "mnist", file, f"{file}.gz")
         array = read_idx(path)
         if tuple(array.shape) != shape:
             raise ValueError(f"{path} holds {tuple(array.shape)} bytes, MNIST {shape}: it is another data set")
-        found[name] = array
-    classes = found["train-labels-idx1-ubyte"].to(torch.int64)
-    if int(classes.max()) > 9:
-        at = int((classes > 9).nonzero()[0])
-        raise ValueError(f"the label of MNIST's image {at} is {int(classes[at])}; labels are 0 to 9")
-    return found["train-images-idx3-ubyte"].reshape(-1, 784), classes
+        found.append(array)
+    classes = found[1].to(torch.int64)
+    _check_classes("MNIST", classes, 10)
+    return found[0].reshape(-1, 784), classes
+
+
+@lru_cache(maxsize=2)
+def cifar10(part: str = "train") -> tuple[Tensor, Tensor]:
+    """The images of CIFAR-10, uint8 [50000, 3, 32, 32], and their classes, int64 [50000], in the order of the file.
+
+    Read from ``PERENNIAL_DATA/cifar10``: ``train.parquet`` and ``test.parquet``, as on the Hugging Face hub: an encoded
+    picture in column ``img``, its class in ``label``. Needs polars and pillow (the extra ``studies``).
+
+    Args:
+        part: ``train``, or ``test`` (10,000 images).
+
+    Raises:
+        FileNotFoundError: they are not there; says what to put where.
+        ValueError: they are not what they should be.
+    """
+    import io
+
+    import numpy as np
+    import polars
+    from PIL import Image
+
+    path = _there("CIFAR-10", "cifar10", f"{part}.parquet")
+    frame = polars.read_parquet(path)
+    if not {"img", "label"} <= set(frame.columns):
+        raise ValueError(f"{path} has the columns {', '.join(frame.columns)}; CIFAR-10 has img and label")
+    count = {"train": 50_000, "test": 10_000}[part]
+    if frame.height != count:
+        raise ValueError(f"{path} has {frame.height} rows; CIFAR-10's {part} set has {count}")
+    pictures = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in frame["img"]]
+    if any(picture.shape != (32, 32, 3) for picture in pictures):
+        raise ValueError(f"{path} holds pictures that are not 32 x 32: it is another data set")
+    classes = torch.tensor(frame["label"].to_list(), dtype=torch.int64)
+    _check_classes("CIFAR-10", classes, 10)
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), classes
+
+
+def _there(title: str, folder: str, *names: str) -> Path:
+    """The first of some files that is there, in a data set's folder."""
+    base = data_folder()
+    if base is None:
+        raise FileNotFoundError(
+            f"{title} is needed: set the environment variable PERENNIAL_DATA to a folder that holds "
+            f"{folder}/{names[-1]}"
+        )
+    for name in names:
+        if (path := base / folder / name).exists():
+            return path
+    raise FileNotFoundError(
+        f"{title} is needed, but there is no {base / folder / names[-1]}; put the official file there"
+    )
+
+
+def _check_classes(title: str, classes: Tensor, count: int) -> None:
+    wrong = (classes < 0) | (classes >= count)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"the label of {title}'s image {at} is {int(classes[at])}; labels are 0 to {count - 1}")

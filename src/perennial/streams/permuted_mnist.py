@@ -40,6 +40,13 @@ class PermutedMNIST(Stream):
     def task_length(self) -> int:
         return self.task_steps
 
+    def whole_task(self, seed: int, task: int, part: str = "train") -> tuple[Tensor, Tensor]:
+        """All images of the training or the test set under the permutation of one task, float32 [images, 784] in
+        [-1, 1], and their classes, int64 [images], in the files' order."""
+        images, classes = mnist(part)
+        pixels = self.open([seed], torch.device("cpu")).pixels(task)[:, 0]
+        return images[:, pixels].to(torch.float32) / 127.5 - 1, classes
+
     def open(self, seeds: Sequence[int], device: torch.device) -> _Feed:
         return _Feed(self, tuple(seeds), device)
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from perennial.population import MEASURED
+from perennial.streams import PermutedMNIST
 from perennial.studies.schema import (
     MethodEntry,
     Part,
     Study,
     StudyError,
+    SupplyStudy,
+    TicketStudy,
     Variant,
     nearest,
     seeds_of,
@@ -42,7 +47,7 @@ def shipped() -> dict[str, str]:
     return found
 
 
-def load(source: str, changes: Mapping[str, Any] | None = None) -> Study:
+def load(source: str, changes: Mapping[str, Any] | None = None) -> Study | TicketStudy | SupplyStudy:
     """A study with everything spelled out and every component checked.
 
     Args:
@@ -54,6 +59,9 @@ def load(source: str, changes: Mapping[str, Any] | None = None) -> Study:
     """
     lines: Lines = {}
     tree = _tree(source, lines)
+    for key, kind in _KINDS.items():
+        if key in tree:
+            return _of_kind(kind, source, tree, changes or {}, lines)
     if "parts" not in tree:
         top = ("name", "title", "description", "source")
         part = {k: v for k, v in tree.items() if k not in top}
@@ -64,7 +72,7 @@ def load(source: str, changes: Mapping[str, Any] | None = None) -> Study:
             tree["parts"][key] = _extended(key, part, lines)
     for dotted, value in (changes or {}).items():
         _change(tree, dotted, value)
-    tree["name"] = source if not Path(source).suffix else Path(source).stem
+    tree["name"] = _name(source)
     try:
         study = Study.model_validate(tree)
         for key, checked in study.parts.items():
@@ -74,6 +82,93 @@ def load(source: str, changes: Mapping[str, Any] | None = None) -> Study:
     except StudyError as error:
         raise StudyError(_place(str(error), lines)) from None
     return study
+
+
+class _Kind(NamedTuple):
+    """A kind of study that is not made of parts."""
+
+    model: type[TicketStudy] | type[SupplyStudy]
+    roots: tuple[str, ...]
+    """Its keys that hold settings; what names none of them is meant for the first, or for the one that has it."""
+    short: Mapping[str, str]
+    """Options of the command line -> keys."""
+
+
+_KINDS = {
+    "tickets": _Kind(TicketStudy, ("tickets",), {"steps": "tickets.training.iterations", "seeds": "tickets.seeds"}),
+    "supply": _Kind(SupplyStudy, ("supply", "life"), {"steps": "life.steps", "seeds": "life.seeds"}),
+}
+
+
+def _of_kind(
+    kind: _Kind, source: str, tree: dict[str, Any], changes: Mapping[str, Any], lines: Lines
+) -> TicketStudy | SupplyStudy:
+    for dotted, value in changes.items():
+        keys = kind.short.get(dotted, dotted).split(".")
+        if keys[0] not in kind.roots:
+            having = [root for root in kind.roots if isinstance(tree.get(root), dict) and keys[0] in tree[root]]
+            keys.insert(0, (having or kind.roots)[0])
+        at: Any = tree
+        for key in keys[:-1]:
+            at = at.setdefault(key, {})
+            if not isinstance(at, dict):
+                raise StudyError(f"--set {dotted}: {key!r} has no settings of its own")
+        at[keys[-1]] = value
+    tickets = tree.get("tickets")
+    if isinstance(tickets, dict) and isinstance(tickets.get("seeds"), int):
+        tickets["seeds"] = list(range(tickets["seeds"]))
+    tree["name"] = _name(source)
+    try:
+        study = kind.model.model_validate(tree)
+        if isinstance(study, SupplyStudy):
+            _check_supply(study)
+    except ValidationError as error:
+        raise StudyError("\n".join(_explained(one, kind.model, lines) for one in error.errors())) from None
+    except StudyError as error:
+        raise StudyError(_place(str(error), lines)) from None
+    return study
+
+
+def _check_supply(study: SupplyStudy) -> None:
+    life, checkpoints = study.life, study.supply.checkpoints
+    stream = stream_of(life, "life")
+    if not isinstance(stream, PermutedMNIST):
+        raise StudyError(f"life.stream: tickets are looked for on whole tasks, which {stream.name} does not have")
+    seeds_of(life, "life")
+    found = variants_of(life, "life", "life")
+    if len(found) > len(life.methods):
+        raise StudyError("life.methods: a list of values is a grid; here every method has one setting")
+    if any(variant.network != found[0].network for variant in found):
+        raise StudyError("life.methods: all methods train the network of life.network here")
+    for step in checkpoints:
+        if step % stream.task_length() or step % life.bin:
+            raise StudyError(
+                f"supply.checkpoints has {step}; it must end a task of {stream.task_length()} steps and a bin of "
+                f"{life.bin}"
+            )
+    if checkpoints[-1] != life.steps:
+        raise StudyError(f"life.steps is {life.steps}; it must be the last of supply.checkpoints, {checkpoints[-1]}")
+
+
+def _explained(error: Any, model: type[BaseModel], lines: Lines) -> str:
+    """What is wrong with one setting."""
+    path = [str(key) for key in error["loc"]]
+    where = ".".join(path)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        owner: Any = model
+        for key in path[:-1]:
+            owner = typing.get_type_hints(owner).get(key, MethodEntry)
+        known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else owner.model_fields
+        return _place(f"{where}: {path[-1]!r} is not a key here; {nearest(path[-1], known)}", lines)
+    if error["type"] in ("missing", "missing_argument"):
+        return _place(f"{where} is missing", lines)
+    if error["type"] == "value_error":
+        return _place(f"{where}: {error['msg'].removeprefix('Value error, ')}", lines)
+    return _place(f"{where} is {error['input']!r}: {error['msg'].lower()}", lines)
+
+
+def _name(source: str) -> str:
+    return source if not Path(source).suffix else Path(source).stem
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -233,7 +328,10 @@ def _place(message: str, lines: Lines) -> str:
     return shown
 
 
-def as_yaml(study: Study | Sequence[Any]) -> str:
+def as_yaml(study: BaseModel | Sequence[Any]) -> str:
     """A study as the YAML that reproduces it."""
-    data = study.model_dump(exclude_none=True) if isinstance(study, Study) else study
+    if isinstance(study, BaseModel):
+        data: Any = study.model_dump(exclude_none=True, mode="python" if isinstance(study, Study) else "json")
+    else:
+        data = study
     return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100))

@@ -17,6 +17,8 @@ from perennial import methods, networks, streams
 from perennial.methods import Intervention, Method, Rule
 from perennial.population import Lane
 from perennial.streams import Stream
+from perennial.tickets.experiment import Experiment
+from perennial.tickets.supply import Supply
 
 
 class StudyError(ValueError):
@@ -85,6 +87,38 @@ class Study(_Strict):
     """The paper whose experiment it is."""
     parts: dict[str, Part] = Field(min_length=1)
     """The experiments, by a short name."""
+
+
+class TicketStudy(_Strict):
+    """A search for winning tickets and its controls, with everything spelled out."""
+
+    name: str
+    """What it was asked for as."""
+    title: str = ""
+    """Heading of the report."""
+    description: str = ""
+    """What it shows."""
+    source: str = ""
+    """The paper whose experiment it is."""
+    tickets: Experiment
+    """The search, and what it is compared with."""
+
+
+class SupplyStudy(_Strict):
+    """Networks that live through a stream, and the winning tickets that are found in them on the way."""
+
+    name: str
+    """What it was asked for as."""
+    title: str = ""
+    """Heading of the report."""
+    description: str = ""
+    """What it shows."""
+    source: str = ""
+    """What it goes back to."""
+    life: Part
+    """The stream, the network, the methods and the seeds."""
+    supply: Supply
+    """When networks are taken from it, and how their tickets are looked for."""
 
 
 @dataclass(frozen=True)

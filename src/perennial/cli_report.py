@@ -1,0 +1,61 @@
+"""The report of a run directory, whatever kind of study it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars
+import yaml
+
+from perennial import report
+from perennial.storage import read_json
+from perennial.studies import SupplyStudy, TicketStudy, load
+
+
+def write_report(directory: Path) -> Path:
+    """Write ``report.html``, figures and tables into a run directory; the path of the page.
+
+    Raises:
+        NotARunDirectoryError: the directory holds no run.
+        NoResultsError: the run has no results yet.
+    """
+    study = _other(directory)
+    if study is None:
+        return report.write_report(directory)
+    command = str((read_json(directory / "environment.json") or {}).get("command", ""))
+    text = (directory / "study.yaml").read_text()
+    if isinstance(study, TicketStudy):
+        from perennial.report.tickets_page import write_ticket_report
+
+        words = {name: getattr(study, name) for name in ("title", "description", "source")}
+        return write_ticket_report(study.tickets, directory, **words, command=command, study_text=text)
+    from perennial.report.supply_page import write_supply_report
+
+    return write_supply_report(study, directory, command=command, study_text=text)
+
+
+def summary_table(directory: Path) -> polars.DataFrame:
+    """The report's table in short, as text to print."""
+    study = _other(directory)
+    if study is None:
+        return report.summary_table(directory)
+    if isinstance(study, TicketStudy):
+        from perennial.report.tickets_page import ticket_summary
+
+        return ticket_summary(study.tickets, directory)
+    from perennial.report.supply_page import supply_summary
+
+    return supply_summary(study, directory)
+
+
+def _other(directory: Path) -> TicketStudy | SupplyStudy | None:
+    """The study in a run directory, if it is not made of parts."""
+    try:
+        tree: Any = yaml.safe_load((directory / "study.yaml").read_text())
+    except (FileNotFoundError, yaml.YAMLError):
+        return None  # whose report says what is wrong
+    if not isinstance(tree, dict) or "parts" in tree:
+        return None
+    study = load(str(directory / "study.yaml"))
+    return study if isinstance(study, (TicketStudy, SupplyStudy)) else None

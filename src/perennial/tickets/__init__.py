@@ -1,0 +1,54 @@
+"""Lottery tickets: subnetworks that train as well as the whole, how they are found, and what they are compared with."""
+
+from perennial.tickets.connectivity import ConnectivityResult, instability, linear_path
+from perennial.tickets.controls import CONTROLS, controls, run_control
+from perennial.tickets.find import Level, Pruning, Stage, Ticket, find_ticket
+from perennial.tickets.masks import Enforced, Masks, check_masks, enforce, prunable, remaining, whole
+from perennial.tickets.networks import NETWORKS
+from perennial.tickets.overlap import Overlap, Shared, Sparsity, jaccard, sparsity
+from perennial.tickets.prune import remaining_weights, select, shares
+from perennial.tickets.scores import SCORES, Evidence, prune_at_start
+from perennial.tickets.sparse_mlp import Examples, SparseMLPs, mlp_layers
+from perennial.tickets.supermask import Supermask
+from perennial.tickets.training import Data, Split, Training, fit
+
+__all__ = [
+    "CONTROLS",
+    "NETWORKS",
+    "SCORES",
+    "ConnectivityResult",
+    "Data",
+    "Enforced",
+    "Evidence",
+    "Examples",
+    "Level",
+    "Masks",
+    "Overlap",
+    "Pruning",
+    "Shared",
+    "SparseMLPs",
+    "Sparsity",
+    "Split",
+    "Stage",
+    "Supermask",
+    "Ticket",
+    "Training",
+    "check_masks",
+    "controls",
+    "enforce",
+    "find_ticket",
+    "fit",
+    "instability",
+    "jaccard",
+    "linear_path",
+    "mlp_layers",
+    "prunable",
+    "prune_at_start",
+    "remaining",
+    "remaining_weights",
+    "run_control",
+    "select",
+    "shares",
+    "sparsity",
+    "whole",
+]
