@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from perennial.methods import Adam
 from perennial.streams.files import mnist
 from perennial.tickets import NETWORKS, Examples, SparseMLPs, mlp_layers, remaining_weights, whole
 
@@ -51,8 +52,7 @@ def searched(examples: Examples, kept: float, replicates: int, iterations: int) 
     layers = mlp_layers(models[0])
     assert layers is not None
     threads = min(replicates, os.cpu_count() or 1)
-    networks = SparseMLPs(layers, starts, masks, lambda ps: torch.optim.Adam(ps, 1.2e-3, fused=True),
-                          density=examples.density, threads=threads)  # fmt: skip
+    networks = SparseMLPs(layers, starts, masks, Adam(lr=1.2e-3), density=examples.density, threads=threads)
     picks = torch.randint(examples.count, (iterations + 20, replicates, 60))
     begun = 0.0
     for number in range(iterations + 20):

@@ -35,6 +35,8 @@ AT_A_TASK = [
 CASES = [*(case for case in cases() if issubclass(case.method, Intervention)), *AT_A_TASK]
 METHODS = list({c.method: c for c in CASES}.values())
 """A case of every method."""
+KEEPS_MOST = [case for case in METHODS if case.method is ContinualBackprop]
+"""The one with most to save."""
 every_method = pytest.mark.parametrize("case", METHODS, ids=lambda c: c.method.name)
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -52,14 +54,13 @@ every_optimizer = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(),
 
 
 def crossed(cases: list[Case], optimizers: list[str], with_all: list[Case], always: list[str]) -> Any:
-    """Every case with every optimizer; slow but for some cases with all of the optimizers and all cases with some."""
-    rows = [
-        pytest.param(
-            case, name, id=f"{case}-{name}", marks=() if case in with_all or name in always else pytest.mark.slow
-        )
-        for case in cases
-        for name in optimizers
-    ]
+    """Every case with every optimizer; slow but for some cases with all of the optimizers, and one of every method with
+    some."""
+    rows = []
+    for case in cases:
+        for name in optimizers:
+            quick = case in with_all or (case in METHODS and name in always)
+            rows.append(pytest.param(case, name, id=f"{case}-{name}", marks=() if quick else pytest.mark.slow))
     return pytest.mark.parametrize(("case", "optimizer_name"), rows)
 
 
@@ -120,19 +121,22 @@ TORCH = {
 
 
 def _of_torch() -> list[Any]:
-    """Every case whose rule torch has; slow but for one of each method, and those behind Adam or at a task."""
+    """Every case whose rule torch has, and for how many steps; slow but for one of each method, and two behind Adam,
+    across one change of task."""
     cases = [(c, c.settings.get("rule", ("sgd",))[0]) for c in CASES]
-    quick = [*METHODS, *AT_A_TASK, *(c for c, rule in cases if rule == "adam")]
-    return [
-        pytest.param(c, id=str(c), marks=() if c in quick else pytest.mark.slow) for c, rule in cases if rule in TORCH
+    behind_adam = [c for c, rule in cases if rule == "adam" and c.method in (ContinualBackprop, perennial.L2Init)]
+    quick = [*METHODS, *behind_adam]
+    known = [c for c, rule in cases if rule in TORCH]
+    return [pytest.param(c, 60, id=f"{c}-60") for c in known if c in quick] + [
+        pytest.param(c, 110, id=f"{c}-110", marks=pytest.mark.slow) for c in known
     ]
 
 
-@pytest.mark.parametrize("case", _of_torch())
-def test_attached_equals_the_population(case: Case) -> None:
+@pytest.mark.parametrize(("case", "steps"), _of_torch())
+def test_attached_equals_the_population(case: Case, steps: int) -> None:
     """Same seed, same data: the hook on torch's optimizer and the lane give the same weights, replace the same units at
     the same steps, and Adam's state of fresh units is the same."""
-    stream, steps, seed = Table(batch=3), 110, 3
+    stream, seed = Table(batch=3), 3
     population = populate([case.lane(seed=seed)], stream)
     start = lane(population, 0).params
 
@@ -179,7 +183,7 @@ def test_attached_equals_the_population(case: Case) -> None:
 # --- does nothing at rate 0, and nothing once removed ---------------------------------------------------------------
 
 
-@crossed(METHODS, list(OPTIMIZERS), [c for c in METHODS if c.method is ContinualBackprop], ["momentum", "adam"])
+@crossed(METHODS, list(OPTIMIZERS), KEEPS_MOST, ["momentum", "adam"])
 def test_off_is_bit_identical_to_not_attached(case: Case, optimizer_name: str) -> None:
     ours, bare = conv_net(), conv_net()
     mine, theirs = (OPTIMIZERS[optimizer_name](m.parameters()) for m in (ours, bare))
@@ -222,7 +226,7 @@ def _hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
 # --- resumes bit for bit --------------------------------------------------------------------------------------------
 
 
-@crossed(CASES, ["momentum", "adam", "adamw amsgrad"], METHODS, ["adam"])
+@crossed(CASES, ["momentum", "adam", "adamw amsgrad"], KEEPS_MOST, ["adam"])
 def test_resumes_bit_for_bit_in_the_middle_of_maturity(case: Case, optimizer_name: str) -> None:
     make = OPTIMIZERS[optimizer_name]
     whole = conv_net()

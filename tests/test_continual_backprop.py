@@ -224,7 +224,9 @@ def test_the_first_adam_steps_of_a_fresh_unit_are_those_of_a_fresh_adam() -> Non
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
-@pytest.mark.parametrize(("rate", "units", "steps"), [(0.01, 10, 1500), (0.27, 10, 400)])
+@pytest.mark.parametrize(
+    ("rate", "units", "steps"), [pytest.param(0.01, 10, 1500, marks=pytest.mark.slow), (0.27, 10, 400)]
+)
 def test_replaces_the_expected_number(rate: float, units: int, steps: int, accumulate: bool) -> None:
     """Published: without accumulation 1 or more due are cut to a whole number instead of rounded at random."""
     threshold = 4
@@ -270,15 +272,31 @@ def test_no_burst_after_a_drought(accumulate: bool) -> None:
     assert total > 50
 
 
-@settings(max_examples=40, deadline=None)
-@given(
+_SETTINGS = given(
     rate=st.floats(0, 1), threshold=st.integers(0, 6), units=st.integers(1, 9), accumulate=st.booleans(),
     seed=st.integers(0, 1000),
 )  # fmt: skip
+
+
+@settings(max_examples=10, deadline=None)
+@_SETTINGS
 def test_replaces_the_lowest_of_the_mature_and_never_more(
     rate: float, threshold: int, units: int, accumulate: bool, seed: int
 ) -> None:
     """Published, convolutions: topk raises when the debt exceeds the mature units."""
+    _replaces_the_lowest(rate, threshold, units, accumulate, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@_SETTINGS
+def test_replaces_the_lowest_of_the_mature_under_many_settings(
+    rate: float, threshold: int, units: int, accumulate: bool, seed: int
+) -> None:
+    _replaces_the_lowest(rate, threshold, units, accumulate, seed)
+
+
+def _replaces_the_lowest(rate: float, threshold: int, units: int, accumulate: bool, seed: int) -> None:
     b = bench(ContinualBackprop(rate, threshold, 0.5, accumulate=accumulate), hidden=(units,))
     rng = torch.Generator().manual_seed(seed)
     for _ in range(25):

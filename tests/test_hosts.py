@@ -696,7 +696,7 @@ def test_sb3_off_changes_no_bit(name: str) -> None:
     assert_same(student.policy, other.policy)
 
 
-@pytest.mark.parametrize("name", ["PPO", "SAC", pytest.param("DQN", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["PPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SAC", "DQN"))])
 def test_sb3_resumes(name: str, tmp_path: Path) -> None:
     """Loading makes a new agent whose optimizers have no keeper yet: attach, then load the parameters once more."""
     first = agent(name)
@@ -867,9 +867,15 @@ def refusals_of_sharded_models() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ddp_processes_stay_equal_and_train_like_one(processes: int, tmp_path: Path) -> None:
-    labels = [*METHODS, "continual backprop, attached first", "l2 init, attached first"]
+WITH_DDP = [*METHODS, "continual backprop, attached first", "l2 init, attached first"]
+
+
+@pytest.mark.parametrize(("processes", "labels"), [
+    pytest.param(2, ["continual backprop", "shrink and perturb", "l2 init, attached first"], id="2, some"),
+    pytest.param(2, WITH_DDP, id="2", marks=pytest.mark.slow),
+    pytest.param(4, WITH_DDP, id="4", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_ddp_processes_stay_equal_and_train_like_one(processes: int, labels: list[str], tmp_path: Path) -> None:
     ranks = in_processes(processes, tmp_path, labels)
     for label in labels:
         weights, state, count = ranks[0][label]

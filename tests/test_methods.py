@@ -43,15 +43,21 @@ from perennial.units import UnitMap
 
 CASES = cases()
 EVERY_CASE = cases(variants=True)
+FIRST = {m: next(c for c in CASES if c.method is m) for m in REGISTRY}
 
 
-def _rows(kind: type[Method] = Method) -> list[Any]:
-    """Parameters of a test of every row, a slow one of the variants."""
-    marks = {True: pytest.mark.slow, False: ()}
-    return [pytest.param(c, id=str(c), marks=marks[c.variant]) for c in EVERY_CASE if issubclass(c.method, kind)]
+def _rows(kind: type[Method] = Method, first_only: bool = False) -> list[Any]:
+    """Parameters of a test of every row; slow ones of the variants and, if told, of all but each method's first."""
+    slow = [c for c in EVERY_CASE if c.variant or (first_only and c != FIRST[c.method])]
+    return [
+        pytest.param(c, id=str(c), marks=pytest.mark.slow if c in slow else ())
+        for c in EVERY_CASE
+        if issubclass(c.method, kind)
+    ]
 
 
 every_case = pytest.mark.parametrize("case", _rows())
+every_case_slowly = pytest.mark.parametrize("case", _rows(first_only=True))
 every_method = pytest.mark.parametrize("method", REGISTRY, ids=lambda m: m.name)
 
 
@@ -68,12 +74,16 @@ def test_has_a_reference(method: type[Method]) -> None:
 
 
 def _trajectories() -> list[Any]:
-    first = {m: next(c for c in CASES if c.method is m) for m in REGISTRY}
+    """Every row for a few steps of three samples, each method's first for a hundred of one sample as well; slow are
+    twice as many of the first row, those of one sample of the other rows, and variants."""
     rows = []
     for case in EVERY_CASE:
-        for batch, steps in ((1, 200), (3, 40)):
-            steps = case.until_events(steps if case == first[case.method] else steps // 2)
-            marks = pytest.mark.slow if case.variant else ()
+        lengths = [(1, 200, True), (1, 100, False), (3, 40, False)]  # samples, steps, whether slow
+        if case != FIRST[case.method]:
+            lengths = [(1, 100, True), (3, 20, case.variant)]
+        for batch, usual, slow in lengths:
+            steps = case.until_events(usual)
+            marks = pytest.mark.slow if slow else ()
             rows.append(pytest.param(case, batch, steps, id=f"{case}-{batch}-{steps}", marks=marks))
     return rows
 
@@ -137,7 +147,7 @@ def test_the_reference_depends_on_every_setting(case: Case) -> None:
 # --- resumes bit for bit --------------------------------------------------------------------------------------------
 
 
-@every_case
+@every_case_slowly
 def test_resumes_bit_for_bit(case: Case) -> None:
     lanes = [case.lane(seed=seed) for seed in (0, 1)]
     steps, stop = case.until_events(25), 12
@@ -160,7 +170,7 @@ def test_resumes_bit_for_bit(case: Case) -> None:
 # --- does nothing at rate 0 -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", _rows(Intervention))
+@pytest.mark.parametrize("case", _rows(Intervention, first_only=True))
 def test_off_is_the_bare_rule(case: Case) -> None:
     assert case.method.OFF, f"{case.method.__name__}.OFF does not say at which settings the method does nothing"
     off = populate([case.lane(seed=5, **case.method.OFF)], dtype=torch.float32)
@@ -187,7 +197,7 @@ def test_lr_0_moves_nothing(case: Case) -> None:
 # --- lanes are independent ------------------------------------------------------------------------------------------
 
 
-@every_case
+@every_case_slowly
 def test_a_lane_alone_is_the_lane_among_others(case: Case) -> None:
     seeds = (4, 7, 7)
     numbers = [f for f in scalar_fields(case.method) if type(case.settings.get(f.name)) in (int, float)][:1]
@@ -209,20 +219,19 @@ def _within(field: Any, value: float) -> float:
 
 
 def _compiled_rows() -> list[Any]:
-    """As few programs as hold every method: the rules in turn, each with the interventions that fall to it. The two
-    whose programs take longest to compile, rules that are like another, and variants of rules, are slow tests."""
+    """As few programs as hold every method: the rules in turn, each with the interventions that fall to it. All but
+    the one whose program takes least to compile, rules that are like another, and variants of rules, are slow."""
     alike = {name for name, reference in REFERENCES.items() if reference.like is not None}
     rules = [m for m in REGISTRY if issubclass(m, Rule) and m.name not in alike]
     others = [m for m in REGISTRY if issubclass(m, Intervention)]
-    first = {m: next(c for c in CASES if c.method is m) for m in REGISTRY}
     fast = [
-        (first[rule], *(first[m] for i, m in enumerate(others) if i % len(rules) == number))
+        (FIRST[rule], *(FIRST[m] for i, m in enumerate(others) if i % len(rules) == number))
         for number, rule in enumerate(rules)
     ]
-    alone = [first[m] for m in REGISTRY if m.name in alike] + [
+    alone = [FIRST[m] for m in REGISTRY if m.name in alike] + [
         c for c in EVERY_CASE if c.method.name in REFERENCES and c.label in REFERENCES[c.method.name].compiled
     ]
-    long = [pytest.mark.slow if row[0].method.name in ("upgd", "rwalk") else () for row in fast]
+    long = [() if row[0].method is Adam else pytest.mark.slow for row in fast]
     ids = [" + ".join(case.method.name for case in row) for row in fast]
     return [pytest.param(row, id=name, marks=mark) for row, name, mark in zip(fast, ids, long, strict=True)] + [
         pytest.param((case,), id=str(case), marks=pytest.mark.slow) for case in alone

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import perennial
 from perennial import Lane, optim
+from perennial.compiler import _sigmoid
 from perennial.methods import REGISTRY, Rule
 from perennial.optim import OPTIMIZERS
 
@@ -50,6 +51,8 @@ CONTROLS: dict[str, Make] = {
 NOISY = {"UPGD", "AdaUPGD", "PGD", "UPGD, local"}
 
 every = pytest.mark.parametrize("make", [pytest.param(m, id=n) for n, m in (OURS | CONTROLS).items()])
+SOME = ("SGD", "Adam", "UPGD", *CONTROLS)
+"""Rules that take part in the quick runs of the tests that take long; the shell is the same for all."""
 each_of_ours = pytest.mark.parametrize("make", [pytest.param(m, id=n) for n, m in OURS.items()])
 
 
@@ -147,7 +150,10 @@ def test_every_rule_has_a_class_with_a_signature_and_a_page() -> None:
 # --- 2 to 6: what a step does ---------------------------------------------------------------------------------------
 
 
-@every
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(m, id=n, marks=() if n in SOME else pytest.mark.slow) for n, m in (OURS | CONTROLS).items()],
+)
 def test_the_loss_falls_under_schedulers(make: Make) -> None:
     model = network()
     optimizer = make(model.parameters(), lr=0.05)
@@ -461,7 +467,7 @@ def test_a_skipped_step_counts_for_nothing(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(m, id=n, marks=() if n in ("SGD", "Adam") else pytest.mark.slow) for n, m in OURS.items()]
+    "make", [pytest.param(m, id=n, marks=() if n == "SGD" else pytest.mark.slow) for n, m in OURS.items()]
 )
 def test_compiled_is_the_same_step(make: Make) -> None:
     plain, native = network(), network()
@@ -476,15 +482,36 @@ def test_compiled_is_the_same_step(make: Make) -> None:
     same_state(two.state_dict()["state"].keys(), one.state_dict()["state"].keys())
 
 
+def test_compiled_follows_replaced_tensors() -> None:
+    plain, native = network(), network()
+    make = OURS["SGD"]
+    one, two = make(plain.named_parameters()), make(native.named_parameters(), compiled=True)
+    for step in range(8):
+        train(plain, one, [step])
+        train(native, two, [step])
+        if step == 1:
+            for p in native.parameters():
+                p.data = p.data.clone()
+        if step == 3:
+            two.load_state_dict(copy.deepcopy(two.state_dict()))
+        if step == 5:
+            native, two = copy.deepcopy((native, two))
+    torch.testing.assert_close(flat(native), flat(plain), rtol=1e-8, atol=1e-10)
+
+
+def test_the_compiled_sigmoid_is_exact_to_two_bits() -> None:
+    x = torch.cat([torch.linspace(-1, 1, 20_001), torch.linspace(-87, 120, 40_001)])
+    exact = torch.sigmoid(x.double())
+    assert ((_sigmoid(x) - exact).abs() / exact).max() < 2 * 2.0**-23
+    ends = _sigmoid(torch.tensor([-math.inf, -1e30, 1e30, math.inf, math.nan]))
+    torch.testing.assert_close(ends, torch.tensor([0.0, 0.0, 1.0, 1.0, math.nan]), rtol=0, atol=1e-37, equal_nan=True)
+
+
 # --- the arithmetic -------------------------------------------------------------------------------------------------
 
 
-QUICK = ("sgd", "adam", "upgd", "ada_upgd")
-"""Rules that are compared with a population in the quick tests; the shell is the same for all."""
-
-
 @pytest.mark.parametrize(
-    "rule", [pytest.param(r, id=r.name, marks=() if r.name in QUICK else pytest.mark.slow) for r in RULES]
+    "rule", [pytest.param(r, id=r.name, marks=() if r.__name__ in SOME else pytest.mark.slow) for r in RULES]
 )
 def test_equals_the_lane_of_a_population(rule: type[Rule]) -> None:
     """200 steps, the same seed, a float64 lane; the lane equals an independent statement (tests/test_methods.py)."""
@@ -496,8 +523,8 @@ def test_equals_the_lane_of_a_population(rule: type[Rule]) -> None:
     "settings",
     [
         {"granularity": "feature", "noise_std": 0.1},
-        {"granularity": "feature", "scope": "local", "protect": False},
-        {"gated": "output", "doubled": True},
+        pytest.param({"granularity": "feature", "scope": "local", "protect": False}, marks=pytest.mark.slow),
+        pytest.param({"gated": "output", "doubled": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -586,9 +613,9 @@ def test_exact_utility_by_a_function_of_the_loss() -> None:
     ("name", "settings"),
     [
         ("Adam", {}),
-        ("AdaUPGD", {"noise_std": 0.05}),
-        ("EWC", {}),
-        ("UPGD", {"noise_std": 0.05, "utility_decay": 0.9}),
+        pytest.param("AdaUPGD", {"noise_std": 0.05}, marks=pytest.mark.slow),
+        pytest.param("EWC", {}, marks=pytest.mark.slow),
+        pytest.param("UPGD", {"noise_std": 0.05, "utility_decay": 0.9}, marks=pytest.mark.slow),
         ("UPGD", {"granularity": "feature", "noise_std": 0.05, "utility_decay": 0.9}),
     ],
     ids=str,

@@ -21,6 +21,9 @@ MAKERS: dict[str, Any] = {
 }
 """With and without moments; every optimizer has the same shell."""
 every = pytest.mark.parametrize("make", [pytest.param(m, id=n) for n, m in MAKERS.items()])
+every_slowly = pytest.mark.parametrize(
+    "make", [pytest.param(m, id=n, marks=() if n == "UPGD" else pytest.mark.slow) for n, m in MAKERS.items()]
+)
 
 
 def plain(make: Any, steps: int) -> nn.Module:
@@ -109,7 +112,7 @@ def test_accelerate_trains_and_resumes(make: Any, tmp_path: Path) -> None:
     assert_same(model, plain(make, 15))
 
 
-@every
+@every_slowly
 def test_trainer_trains_and_resumes(make: Any, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -133,7 +136,7 @@ def test_trainer_trains_and_resumes(make: Any, tmp_path: Path) -> None:
 
 
 @lightning
-@every
+@every_slowly
 def test_lightning_trains_and_resumes(make: Any, tmp_path: Path) -> None:
     from lightning import LightningModule, Trainer
 
@@ -166,7 +169,7 @@ def test_lightning_trains_and_resumes(make: Any, tmp_path: Path) -> None:
     assert_same(resumed.network, whole.network)
 
 
-@pytest.mark.parametrize("name", ["PPO", "SAC", "DQN"])
+@pytest.mark.parametrize("name", ["PPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SAC", "DQN"))])
 def test_sb3_builds_and_saves_it(name: str, tmp_path: Path) -> None:
     import stable_baselines3
 

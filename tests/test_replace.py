@@ -863,7 +863,7 @@ def test_positional_settings_of_continual_backprop() -> None:
     assert (method.utility, method.bias_correction, method.bias_transfer) == ("taylor", True, False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "split" else pytest.mark.slow) for k in KINDS])
 def test_a_lane_alone_is_the_lane_among_others(kind: str) -> None:
     made = (
         ContinualBackprop(0.1, 3, reinitialise=kind, bias_transfer=True),

@@ -175,6 +175,17 @@ def test_changes_are_paired_by_replicate(finished: Path) -> None:
     assert "earlier in 3 of 3" in text
 
 
+def test_learning_curves_average_evaluations(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tabulate_tickets(EXPERIMENT, finished).validation.row(1, named=True)
+    assert (first["kind"], first["level"], first["iteration"], first["replicates"]) == ("ticket", 0, 200.0, 3)
+    assert (first["mean"], first["low"], first["high"]) == pytest.approx((0.971 - 0.15, 0.97 - 0.15, 0.972 - 0.15))
+    monkeypatch.setattr("perennial.report.tickets_tables.POINTS", 7)
+    mine = tabulate_tickets(EXPERIMENT, finished).validation.filter(kind="ticket", level=0)
+    assert mine["iteration"].to_list() == [200, 500, 800, 1100, 1400, 1700, 1950]
+    assert mine["evaluations"].to_list() == [3, 3, 3, 3, 3, 3, 2]
+    assert mine["mean"][0] == pytest.approx(0.971 - (0.3 + 0.15 + 0.1) / 3)
+
+
 def test_sparsity_is_counted_and_compared_with_the_schedule(finished: Path, tmp_path: Path) -> None:
     tables = tabulate_tickets(EXPERIMENT, finished)
     total = tables.sparsity.filter(pl.col("layer") == "all").sort("level")
@@ -228,4 +239,4 @@ def test_comparisons_claim_no_more_than_holds() -> None:
     assert say(-0.3, 0.1, -0.4) == "earlier in 2 of 3 replicates, on average 20% earlier (40% earlier to 10% later)"
     assert say(-0.3, 0.0) == "earlier in 1 of 2 replicates, on average 15% earlier (30% earlier to no change)"
     assert say(0.0, 0.0) == "the same in each of 2 replicates"
-    assert say(0.25) == "25% later"
+    assert say(0.25) == "25% later (one replicate)"

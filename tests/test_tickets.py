@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perennial.methods import SGD, Adam
 from perennial.tickets import (
     NETWORKS,
     Data,
@@ -356,6 +357,16 @@ def test_one_shot_prunes_once_as_far_as_all_rounds() -> None:
     assert ticket.levels[-1].percent == pytest.approx(100 * 0.8**5, abs=0.1)
 
 
+def test_pruned_weights_may_be_held_at_their_start() -> None:
+    ticket = find_ticket(perceptron, train, rounds=2, pruned="start")
+    for level in ticket.levels:
+        for name, mask in level.masks.items():
+            assert torch.equal(level.trained[name][~mask], ticket.start[name][~mask])
+            assert not torch.equal(level.trained[name][mask], ticket.start[name][mask])
+    with pytest.raises(ValueError, match="pruned is 'one'"):
+        find_ticket(perceptron, train, pruned="one")
+
+
 def test_finished_rounds_are_never_trained_again(tmp_path: Path) -> None:
     trained: list[int] = []
 
@@ -509,7 +520,7 @@ def test_controls_have_the_ticket_sparsity_and_their_own_difference(tmp_path: Pa
 # --- sparse perceptrons -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [0.05, 1.0], ids=["by input", "by unit"])
+@pytest.mark.parametrize("density", [0.05, 1.0], ids=["dense", "sparse"])
 @pytest.mark.parametrize("batch", [1, 60, 64, 130])
 def test_sparse_perceptrons_equal_masked_torch(density: float, batch: int) -> None:
     """In float64, several networks with masks of their own, ends of blocks included, for Adam and SGD."""
@@ -518,7 +529,12 @@ def test_sparse_perceptrons_equal_masked_torch(density: float, batch: int) -> No
     y = torch.randint(7, (500,))
     examples = Examples(x, y)
     shape = nn.Sequential(nn.Linear(37, 70), nn.ReLU(), nn.Linear(70, 13), nn.ReLU(), nn.Linear(13, 7)).double()
-    for make in (lambda ps: torch.optim.Adam(ps, 1e-2), lambda ps: torch.optim.SGD(ps, 0.1, 0.9, weight_decay=0.01)):
+    for rule, make in (
+        (Adam(lr=1e-2), lambda ps: torch.optim.Adam(ps, 1e-2)),
+        (Adam(lr=1e-2, weight_decay=0.1), lambda ps: torch.optim.Adam(ps, 1e-2, weight_decay=0.1)),
+        (Adam(lr=1e-2, weight_decay=0.1, decoupled=True), lambda ps: torch.optim.AdamW(ps, 1e-2, weight_decay=0.1)),
+        (SGD(lr=0.1, momentum=0.9, weight_decay=0.01), lambda ps: torch.optim.SGD(ps, 0.1, 0.9, weight_decay=0.01)),
+    ):
         models = [copy.deepcopy(shape) for _ in range(3)]
         for model in models:
             for p in model.parameters():
@@ -527,8 +543,8 @@ def test_sparse_perceptrons_equal_masked_torch(density: float, batch: int) -> No
         starts = [{n: p.detach().clone() for n, p in model.named_parameters()} for model in models]
         layers = mlp_layers(shape)
         assert layers is not None
-        networks = SparseMLPs(layers, starts, masks, make, density=density)
-        assert networks._by_input[0] == (density < 1)
+        networks = SparseMLPs(layers, starts, masks, rule, density=density)
+        assert networks._dense_first[0] == (density < 1)
         optimizers = [make(list(model.parameters())) for model in models]
         handles = [enforce(model, mask) for model, mask in zip(models, masks, strict=True)]
         for _ in range(15):

@@ -788,7 +788,7 @@ def _hold_the_map_of(kind: str, blocks: list[tuple[str, int, int]], seed: int, t
     assert not denied, denied
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(**_NETWORKS)
 def test_every_layer_of_a_random_network_is_proved(
     kind: str, blocks: list[tuple[str, int, int]], seed: int, training: bool
@@ -839,7 +839,10 @@ WRONG = (
 
 
 WIDE = frozenset({"gpt2", "transformer_encoder_norm_first_evaluating"})
-"""Those of many layers, in which every pair of units takes long; the quicker tests of the same networks go on."""
+"""Those of many layers, which take long; the quicker tests of the same networks go on."""
+every_wrong = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in WIDE else ()) for n in WRONG]
+)
 
 
 def _with(unit_map: UnitMap, number: int, **changes: Any) -> UnitMap:
@@ -863,7 +866,7 @@ def _caught(example: Example, wrong: UnitMap, number: int) -> None:
     assert all(proof.proved for proof in others), "a wrong layer makes another one fail"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in WIDE else ()) for n in WRONG])
+@every_wrong
 def test_swapped_columns_are_caught(name: str) -> None:
     """Any two units, of any reader: a proof by one random half of the units would miss every second pair."""
     example, unit_map = _mapped(name)
@@ -879,7 +882,7 @@ def test_swapped_columns_are_caught(name: str) -> None:
                 break  # one reader a pair
 
 
-@pytest.mark.parametrize("name", WRONG)
+@every_wrong
 def test_swapped_rows_are_caught(name: str) -> None:
     example, unit_map = _mapped(name)
     for number, layer in enumerate(unit_map):
@@ -890,7 +893,7 @@ def test_swapped_rows_are_caught(name: str) -> None:
         _caught(example, _with(unit_map, number, incoming=changed), number)
 
 
-@pytest.mark.parametrize("name", WRONG)
+@every_wrong
 def test_shifted_columns_are_caught(name: str) -> None:
     example, unit_map = _mapped(name)
     for number, layer in enumerate(unit_map):

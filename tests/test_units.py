@@ -407,15 +407,31 @@ def test_the_positions_of_units() -> None:
     assert Slice("0.weight", 0, torch.arange(3)[:, None]).positions(torch.tensor([2, 0])).tolist() == [2, 0]
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+_MLPS = given(
     widths=st.lists(st.integers(1, 6), min_size=2, max_size=5),
     activation=st.sampled_from([nn.ReLU, nn.Tanh, nn.GELU, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.Softplus]),
     bias=st.booleans(), seed=st.integers(0, 10_000), dropout=st.booleans(),
 )  # fmt: skip
+
+
+@settings(max_examples=8, deadline=None)
+@_MLPS
 def test_random_mlps_are_proved(
     widths: list[int], activation: type[nn.Module], bias: bool, seed: int, dropout: bool
 ) -> None:
+    _prove_mlp(widths, activation, bias, seed, dropout)
+
+
+@pytest.mark.slow
+@settings(max_examples=250, deadline=None)
+@_MLPS
+def test_many_random_mlps_are_proved(
+    widths: list[int], activation: type[nn.Module], bias: bool, seed: int, dropout: bool
+) -> None:
+    _prove_mlp(widths, activation, bias, seed, dropout)
+
+
+def _prove_mlp(widths: list[int], activation: type[nn.Module], bias: bool, seed: int, dropout: bool) -> None:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for i, (n, k) in enumerate(itertools.pairwise(widths)):

@@ -143,7 +143,7 @@ def load_native(source: str) -> ctypes.CDLL:
     if not _has_compiler():
         raise RuntimeError("this needs a C++ compiler: install g++, or name one in the variable CXX")
     # Inductor's own flags do without what its generated code spells out: loops made vectors, products added in one.
-    flags = ("-ftree-loop-vectorize", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros")
+    flags = ("-ftree-loop-vectorize", "-fno-math-errno")
     with config.patch({"cpp.enable_floating_point_contract_flag": "fast"}):
         library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=flags)
     return library

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from perennial.compiler import compile_any_size
 from perennial.methods import Context, Rule
 from perennial.methods.base import State
-from perennial.noise import Noise, label_words
+from perennial.noise import Noise, label_words, seed_key
 from perennial.units import UnitMap
 
 Program = Callable[[list[Tensor]], Any]
@@ -46,7 +46,7 @@ class NativeRule:
         leaves, self.spec = pytree.tree_flatten(rule.init({_NAME: w.to(self.wide)}, UnitMap(())))
         leaves = [leaf.clone() for leaf in leaves]  # rules may give one tensor to several fields
         self.numbers = [name for name in rule.scalars() if getattr(rule, name) is not None]
-        numbers = [torch.full((), 0.5, dtype=torch.float64, device=device) for _ in self.numbers]
+        numbers = [torch.full((), 0.5, dtype=self.wide, device=device) for _ in self.numbers]
         words = [torch.zeros(n, dtype=torch.int32, device=device) for n in (2, 2)]
         common = [*numbers, *words, torch.zeros((), dtype=torch.int32, device=device)]
         grad = torch.zeros_like(w)
@@ -61,7 +61,7 @@ class NativeRule:
         """What the rule is given: of [weights, *state] and [gradient, *numbers, key, labels, step]."""
         w, grad = own[0].to(self.wide), given[0].to(self.wide)
         count = len(self.numbers)
-        numbers = {n: v.to(self.wide) for n, v in zip(self.numbers, given[1 : 1 + count], strict=True)}
+        numbers = dict(zip(self.numbers, given[1 : 1 + count], strict=True))
         key, labels, step = given[1 + count :]
         noise = Noise(key, step, self.rule.name, {_NAME: labels})
         context = Context({_NAME: -grad if self.maximize else grad}, {}, noise, UnitMap(()))
@@ -86,8 +86,11 @@ class NativeRule:
         return [value.to(old.dtype) for value, old in zip(results, tensors[:count], strict=True)]
 
     def given_numbers(self, group: Mapping[str, Any], device: torch.device) -> list[Tensor]:
-        """The rule's numbers as both functions take them, after the gradient and before key, labels and step."""
-        numbers = [torch.as_tensor(group[name], dtype=torch.float64).to(device) for name in self.numbers]
+        """The rule's numbers as both functions take them, after the gradient and before key, labels and step.
+
+        In the type that is calculated in: a loop would convert them again for every vector of weights.
+        """
+        numbers = [torch.as_tensor(group[name], dtype=self.wide, device=device) for name in self.numbers]
         return [number.reshape(()) for number in numbers]
 
 
@@ -111,3 +114,9 @@ def native_rule(
 def labels_of(scope: str, name: str, device: torch.device) -> Tensor:
     """The words that stand for a name in the noise, int32 [2]."""
     return torch.tensor(label_words(scope, name), dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def key_of(seed: int, device: torch.device) -> Tensor:
+    """The words that stand for a seed in the noise of methods, int32 [2]. Not to be changed."""
+    return torch.tensor(seed_key(seed, "method"), dtype=torch.int32, device=device)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -20,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from perennial.methods import REGISTRY, Context, Rule
 from perennial.methods.base import State, Tensors
-from perennial.native import NativeRule, labels_of, native_rule
+from perennial.native import NativeRule, key_of, labels_of, native_rule
 from perennial.noise import Noise, seed_key
 from perennial.units import UnitMap
 from perennial.units import along as _along
@@ -90,6 +92,7 @@ class RuleOptimizer(Optimizer):
         self._units, self._curvature, self._loss = units or UnitMap(()), curvature, loss
         self._compiled = compiled
         self._state_type: Any = None
+        self._matrices: dict[Tensor, _Matrices] = {}
         defaults = {**fields, **settings, "seed": seed, "maximize": maximize, "foreach": foreach}
         rule = self._bound(defaults, checked=True)
         if compiled and (rule.needs or len(self._units)):
@@ -153,7 +156,7 @@ class RuleOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         for parts in self._parts().values():
-            if _feature_wise(self._bound(parts[0].group)):
+            if len(self._units) and _feature_wise(self._bound(parts[0].group)):
                 self._check_gradients(parts)
             if self._compiled:
                 self._run_native(parts)
@@ -305,8 +308,7 @@ class RuleOptimizer(Optimizer):
 
     def _noise(self, part: _Part) -> tuple[Tensor, Tensor]:
         device = next(iter(part.params.values())).device
-        key = torch.tensor(seed_key(part.group["seed"], "method"), dtype=torch.int32, device=device)
-        return key, torch.tensor(part.made, dtype=torch.int32, device=device)
+        return key_of(part.group["seed"], device), torch.tensor(part.made, dtype=torch.int32, device=device)
 
     # --- fresh weights ----------------------------------------------------------------------------------------------
 
@@ -341,21 +343,21 @@ class RuleOptimizer(Optimizer):
     # --- compiled ---------------------------------------------------------------------------------------------------
 
     def _run_native(self, parts: Sequence[_Part]) -> None:
-        """The same step by native functions that overwrite parameters and state, parameter by parameter."""
-        scalars = self.rule.scalars()
-        jobs, totals = [], dict[str, list[Tensor]]()
+        """The same step by native functions that overwrite parameters and state, parameter by parameter.
+
+        What is done here for every parameter is kept short: a small one is stepped in some twenty microseconds.
+        """
+        jobs: list[_Job] = []
         for part in parts:
             group, (key, step) = part.group, self._noise(part)
             kind = self._record(part)
             fields_of_state = kind._fields if kind is not None else ()
-            fields = dataclasses.fields(self.rule)
-            structure = tuple((f.name, group[f.name]) for f in fields if f.name not in scalars or group[f.name] is None)
             made: dict[torch.dtype, tuple[NativeRule, list[Tensor]]] = {}
             for name, p in part.params.items():
                 if p.dtype not in made:
                     found = native_rule(
                         self.rule,  # type: ignore[arg-type]
-                        structure,
+                        self._structure(group),
                         p.dtype,
                         group["maximize"],
                         torch.get_num_threads(),
@@ -366,26 +368,59 @@ class RuleOptimizer(Optimizer):
                         return self._run(parts)
                     made[p.dtype] = found, found.given_numbers(group, p.device)
                 native, numbers = made[p.dtype]
-                own = self._own(p)
-                entries = [own[field] for field in fields_of_state if field in own]
-                state = [t if t.shape != p.shape else _matrix(t) for t in pytree.tree_leaves(entries)]
-                common = [*numbers, key, labels_of(self.rule.name, name, p.device), step]
+                tensors = self._matrices_of(p, fields_of_state)
                 assert p.grad is not None
                 grad = _matrix(p.grad if p.grad.dtype == p.dtype else p.grad.to(p.dtype))
-                jobs.append((p, native, [_matrix(p.detach()), *state], [grad, *common]))
-        for _, native, tensors, given in jobs:
-            if native.survey is not None:
-                surveyed = torch.empty(len(native.shared), dtype=native.wide, device=given[0].device)
-                native.survey([surveyed, *tensors, *given])
-                for name, value in zip(native.shared, surveyed.unbind(), strict=True):
-                    totals.setdefault(name, []).append(value)
-        most = {name: torch.stack(values).amax() for name, values in totals.items()}
+                given = [grad, *numbers, key, labels_of(self.rule.name, name, p.device), step]
+                jobs.append(_Job(p, native, tensors, given))
+        most = self._surveyed(jobs)
         for p, native, tensors, given in jobs:
             assert native.step is not None
-            native.step([*tensors, *given, _stacked([most[name] for name in native.shared], tensors[0])])
+            native.step([*tensors, *given, most[native]])
             if tensors[0].data_ptr() != p.data_ptr():  # not contiguous: the matrix is a copy
                 p.copy_(tensors[0].view(p.shape))
-            self.state[p]["step"] += 1
+        torch._foreach_add_([self.state[p]["step"] for p, *_ in jobs], 1)
+
+    def _matrices_of(self, p: Tensor, fields: Sequence[str]) -> list[Tensor]:
+        """A parameter and its state as a native function takes them; remembered until one of them is another."""
+        own = self._own(p)
+        entries = [own[field] for field in fields if field in own]
+        known = self._matrices.get(p)
+        if known is not None and known.of(p, entries):
+            return known.tensors
+        leaves = [leaf for entry in entries for leaf in pytree.tree_leaves(entry)]
+        tensors = [_matrix(p), *(t if t.shape != p.shape else _matrix(t) for t in leaves)]
+        if all(m.data_ptr() == t.data_ptr() for m, t in zip(tensors, (p, *leaves), strict=True)):  # not copies
+            self._matrices[p] = _Matrices(p.data_ptr(), p.shape, entries, tensors)
+        return tensors
+
+    def _surveyed(self, jobs: Sequence[_Job]) -> dict[NativeRule, Tensor]:
+        """What every native function needs to know of all parameters, in the order of its ``shared``."""
+        by_native: dict[NativeRule, list[_Job]] = {}
+        for job in jobs:
+            by_native.setdefault(job.native, []).append(job)
+        found: dict[NativeRule, Tensor] = {}
+        most: dict[str, Tensor] = {}
+        for native, its in by_native.items():
+            like = its[0].tensors[0]
+            found[native] = torch.empty(0, dtype=native.wide, device=like.device)
+            if native.survey is None:
+                continue
+            rows = [found[native].new_empty(len(native.shared)) for _ in its]
+            for row, job in zip(rows, its, strict=True):
+                native.survey([row, *job.tensors, *job.given])
+            found[native] = torch.stack(rows).amax(0)
+            if len(by_native) > 1:
+                for name, value in zip(native.shared, found[native].unbind(), strict=True):
+                    most[name] = torch.maximum(most[name], value) if name in most else value
+        if len(by_native) == 1:
+            return found
+        return {n: _stacked([most[name].to(n.wide) for name in n.shared], found[n]) for n in found}
+
+    def _structure(self, group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+        """The rule's settings that are no numbers: for what a native function is made."""
+        scalars, fields = _settings(self.rule)  # type: ignore[arg-type]
+        return tuple((name, group[name]) for name in fields if name not in scalars or group[name] is None)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -407,6 +442,7 @@ class RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._matrices = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -426,6 +462,30 @@ class _Part(NamedTuple):
     @property
     def split(self) -> bool:
         return self.group["foreach"] is False
+
+
+class _Job(NamedTuple):
+    """One parameter's step by a native function, which takes [*tensors, *given, what is shared]."""
+
+    p: Tensor
+    native: NativeRule
+    tensors: list[Tensor]
+    given: list[Tensor]
+
+
+class _Matrices(NamedTuple):
+    """Views of a parameter and its state, and of what."""
+
+    data_ptr: int
+    shape: torch.Size
+    entries: list[Any]
+    tensors: list[Tensor]
+
+    def of(self, p: Tensor, entries: Sequence[Any]) -> bool:
+        """Whether these are still the views of them."""
+        if self.data_ptr != p.data_ptr() or self.shape != p.shape or len(self.entries) != len(entries):
+            return False
+        return all(map(operator.is_, self.entries, entries))
 
 
 class _Call(NamedTuple):
@@ -452,7 +512,15 @@ def _working(tensor: Tensor) -> Tensor:
 
 def _matrix(tensor: Tensor) -> Tensor:
     """[rows, columns], contiguous: a row an output, or one row of what has a single dimension."""
-    return tensor.reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1).contiguous()
+    if tensor.dim() == 2 and tensor.is_contiguous():
+        return tensor.detach()
+    return tensor.detach().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1).contiguous()
+
+
+@functools.cache
+def _settings(rule: type[Rule]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The names of a rule's numbers, and of all its settings."""
+    return frozenset(rule.scalars()), tuple(field.name for field in dataclasses.fields(rule))
 
 
 def _is_like(entry: Any, p: Tensor) -> bool:

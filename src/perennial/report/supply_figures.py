@@ -24,7 +24,8 @@ from perennial.statistics import LEVEL, Floats
 FIGURES = ("supply-over-life", "supply-tickets")
 """All that there may be, in order."""
 _WIDTH = 780.0
-_LEFT, _RIGHT, _BETWEEN, _KEY, _HEAD, _PLOT, _AXIS, _BOTTOM = 52.0, 14.0, 58.0, 44.0, 30.0, 142.0, 26.0, 20.0
+_LEFT, _RIGHT, _BETWEEN, _KEY, _HEAD, _PLOT, _AXIS, _BOTTOM = 52.0, 18.0, 56.0, 20.0, 30.0, 142.0, 26.0, 20.0
+_KEYS = 4  # beside each other
 _GREY = Look("#767676", (4, 3), ".")
 _DASHED = (0, (3, 2.2))
 
@@ -58,7 +59,8 @@ def _over_life(tables: SupplyTables) -> Drawing | None:
     looks = method_looks(list(tables.labels))
     name = FIGURES[0]
     with drawing_style(name):
-        figure, panels = _canvas(len(shown))
+        drawn = [m for m in tables.labels if frame.filter(pl.col("method") == m).height]
+        figure, panels = _canvas(len(shown), 2, len(drawn))
         for axes, quantity in zip(panels, shown, strict=False):
             what = QUANTITIES[quantity]
             mine = frame.filter(pl.col("quantity") == quantity)
@@ -70,18 +72,17 @@ def _over_life(tables: SupplyTables) -> Drawing | None:
                         _line(axes, first, looks[method], place, every=(0, 1), bars=True)
                 many = 1 if quantity != ONLINE else max(1, rows.height // 6)
                 _line(axes, rows, looks[method], place, every=(at * many // len(tables.labels), many))
-            if quantity in ("advantage", "overlap", "overlap_deep"):
+            low, high = axes.get_ylim()
+            if low < 0 < high:
                 axes.axhline(0, color="#8a8a8a", linewidth=0.8, zorder=1.5)
             _vertical(axes, what.share)
             _steps(axes, place, tables.steps or steps, broken)
             axes.set_title(_heading(quantity), loc="left", fontsize=LABEL, fontweight="bold", pad=9, x=-0.13)
         for axes in panels[-2:]:
             axes.set_xlabel("examples seen", labelpad=4, fontsize=LABEL)
-        drawn = [m for m in tables.labels if frame.filter(pl.col("method") == m).height]
         _key(figure, [_handle(tables.labels[m], looks[m]) for m in drawn])
         ends = "; ".join(_spoken_ends(tables, quantity) for quantity in shown)
-        description = f"Eight measurements against examples seen, a line a method, {_means(frame)}. At the end: {ends}."
-        description = description.replace("Eight measurements", f"Panels: {len(shown)},", 1)
+        description = f"A panel a measurement, against examples seen, {_means(frame)}. At the end: {ends}."
         return render(figure, name, "Networks and their tickets over life", description, 1.0)
 
 
@@ -96,10 +97,9 @@ def _tickets(tables: SupplyTables) -> Drawing | None:
     percents = sorted(set(frame.get_column("percent")), reverse=True)
     name = FIGURES[1]
     with drawing_style(name):
-        figure, panels = _canvas(len(methods) * len(steps), len(steps))
-        lows = [v for v in frame.get_column("low").fill_null(pl.col("mean").min()).to_list() if v is not None]
-        bottom = min([*frame.get_column("mean").to_list(), *lows])
-        top = max(frame.select(pl.max_horizontal("mean", "high")).to_series().to_list())
+        figure, panels = _canvas(len(methods) * len(steps), len(steps), 4)
+        bottom = min(frame.select(pl.min_horizontal("mean", "low")).to_series())
+        top = max(frame.select(pl.max_horizontal("mean", "high")).to_series())
         margin = 0.06 * (top - bottom) or 0.01
         said = []
         for axes, (method, step) in zip(panels, ((m, s) for m in methods for s in steps), strict=True):
@@ -141,17 +141,18 @@ def _tickets(tables: SupplyTables) -> Drawing | None:
         return render(figure, name, "Tickets and controls", description, 1.0)
 
 
-def _canvas(panels: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
+def _canvas(panels: int, columns: int, keys: int) -> tuple[Figure, list[Axes]]:
     """A figure with panels in rows of so many, laid out in points."""
     rows = math.ceil(panels / columns)
     row = _HEAD + _PLOT + _AXIS
-    height = _KEY + rows * row + _BOTTOM
+    key = _KEY * math.ceil(keys / _KEYS) + 8
+    height = key + rows * row + _BOTTOM
     figure = Figure(figsize=(_WIDTH / 72, height / 72), facecolor="white")
     width = (_WIDTH - _LEFT - _RIGHT - _BETWEEN) / 2
     found = []
     for at in range(panels):
         left = _LEFT + (at % columns) * (width + _BETWEEN)
-        bottom = height - _KEY - (at // columns) * row - _HEAD - _PLOT
+        bottom = height - key - (at // columns) * row - _HEAD - _PLOT
         axes = figure.add_axes((left / _WIDTH, bottom / height, width / _WIDTH, _PLOT / height))
         axes.tick_params(labelsize=LABEL - 1)
         found.append(axes)
@@ -203,7 +204,7 @@ def _handle(label: str, look: Look) -> Line2D:
 def _key(figure: Figure, handles: list[Line2D]) -> None:
     width, height = figure.get_size_inches() * 72
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(8 / width, 1 - 6 / height), ncols=4, frameon=False,
+        handles=handles, loc="upper left", bbox_to_anchor=(8 / width, 1 - 6 / height), ncols=_KEYS, frameon=False,
         fontsize=LABEL, handlelength=3.0, columnspacing=1.6, borderaxespad=0.0,
     )  # fmt: skip
 
@@ -221,7 +222,7 @@ def _steps(axes: Axes, place: dict[int, float], named: Sequence[int], broken: bo
     span = at[-1] - at[0] or 1.0
     axes.set_xlim(at[0] - 0.04 * span, at[-1] + 0.04 * span)
     shown: list[int] = []
-    for step in reversed(sorted({0, *named})):  # as many as fit, the last among them
+    for step in sorted({0, *named}, reverse=True):  # as many as fit, the last among them
         if not shown or place[shown[-1]] - place[step] > 0.11 * span:
             shown.append(step)
     axes.set_xticks([place[step] for step in shown], [examples(step) for step in shown])

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from perennial.report.load import NoResultsError
+from perennial.report.supply_correlations import correlations
 from perennial.runs.supply import FRESH, lives_of, looks_of, variants
-from perennial.statistics import LEVEL, RESAMPLES, SEED, Floats, estimate
+from perennial.statistics import estimate
 from perennial.storage import read_json
 from perennial.studies import SupplyStudy, seeds_of
 
@@ -44,10 +43,16 @@ QUANTITIES = {
     "overlap": Quantity("Overlap of two tasks' tickets", "the overlap of the tickets"),
     "overlap_deep": Quantity("Overlap without the first layer", "the overlap without the first layer"),
     "accuracy_gap": Quantity(
-        "Next task, less fresh's", "the accuracy on the next task, less fresh's,", share=True, difference=True
+        "Next task, less fresh's",
+        "the accuracy on the next task relative to fresh weights",
+        share=True,
+        difference=True,
     ),
     "best_ticket_gap": Quantity(
-        "Best ticket, less fresh's", "the best ticket's accuracy, less fresh's,", share=True, difference=True
+        "Best ticket, less fresh's",
+        "the best ticket's accuracy relative to fresh weights' best",
+        share=True,
+        difference=True,
     ),
 }
 """By name. The first eight are drawn over life, in this order; the gaps are to the fresh weights on the same task."""
@@ -56,9 +61,6 @@ CORRELATED = (
     "effective_rank", "dead_units", "accuracy_gap", "best_ticket_gap", "advantage", "overlap", "overlap_deep",
 )  # fmt: skip
 """What is correlated with each other, and whose change over life is taken."""
-LEAST = 3
-"""Points below which there is no rank correlation."""
-
 _MEASURED = (*DRAWN[1:], "speed")
 _POINT: dict[str, type[pl.DataType]] = {
     "method": pl.String,
@@ -67,15 +69,21 @@ _POINT: dict[str, type[pl.DataType]] = {
     **dict.fromkeys((*_MEASURED, "accuracy_gap", "best_ticket_gap"), pl.Float64),
 }
 _MEAN: dict[str, type[pl.DataType]] = {**dict.fromkeys(("mean", "low", "high"), pl.Float64), "seeds": pl.Int64}
-_OVER_LIFE = {"quantity": pl.String, "method": pl.String, "step": pl.Int64, **_MEAN}
-_LEVEL = {"method": pl.String, "step": pl.Int64, "level": pl.Int64, "percent": pl.Float64, "of": pl.String, **_MEAN}
-_CHANGE = {"quantity": pl.String, "method": pl.String, "since": pl.Int64, "until": pl.Int64, **_MEAN}
-_PAIR: dict[str, type[pl.DataType]] = {
-    "version": pl.String,
-    "start": pl.Boolean,
-    **dict.fromkeys(("first", "second"), pl.String),
-    **dict.fromkeys(("spearman", "low", "high"), pl.Float64),
-    **dict.fromkeys(("points", "lives", "constant", "short"), pl.Int64),
+_OVER_LIFE: dict[str, type[pl.DataType]] = {"quantity": pl.String, "method": pl.String, "step": pl.Int64, **_MEAN}
+_LEVEL: dict[str, type[pl.DataType]] = {
+    "method": pl.String,
+    "step": pl.Int64,
+    "level": pl.Int64,
+    "percent": pl.Float64,
+    "of": pl.String,
+    **_MEAN,
+}
+_CHANGE: dict[str, type[pl.DataType]] = {
+    "quantity": pl.String,
+    "method": pl.String,
+    "since": pl.Int64,
+    "until": pl.Int64,
+    **_MEAN,
 }
 
 
@@ -133,102 +141,13 @@ def tabulate_supply(study: SupplyStudy, directory: Path) -> SupplyTables:
         pl.concat([_online(online, names, study.life.bin), _over_life(points, list(labels), seeds)]),
         _levels(found, list(labels), seeds),
         _changes(points, names, seeds),
-        correlations(points.filter(pl.col("method") != FRESH)),
+        correlations(points.filter(pl.col("method") != FRESH), CORRELATED),
         (lived, len(names) * len(seeds), len(found), len(looks_of(study))),
     )
 
 
-def correlations(points: pl.DataFrame) -> pl.DataFrame:
-    """Spearman's rank correlation of every pair of :data:`CORRELATED`.
-
-    ``pooled``: over all points. ``within``: over the times of each life, then the mean over lives; a life in which one
-    of the two is constant has none. Intervals are percentile bootstrap intervals over seeds: a draw takes all lives of
-    a seed together, whatever their method, since they share data and first weights.
-
-    Args:
-        points: columns ``method``, ``seed``, ``step`` and the quantities; those with a null are left out.
-    """
-    rows: list[dict[str, Any]] = []
-    points = points.drop_nulls(CORRELATED)
-    for start in (True, False):
-        kept = points if start else points.filter(pl.col("step") > 0)
-        seeds = sorted(set(kept.get_column("seed")))
-        if not seeds:
-            continue
-        by_seed = [
-            [
-                life.sort("step").select(CORRELATED).to_numpy()
-                for _, life in mine.group_by("method", maintain_order=True)
-            ]
-            for seed in seeds
-            for mine in [kept.filter(pl.col("seed") == seed)]
-        ]
-        lives = [life for mine in by_seed for life in mine]
-        owner = np.repeat(np.arange(len(seeds)), [len(mine) for mine in by_seed])
-        times = np.zeros((RESAMPLES, len(seeds)), dtype=np.int64)  # how often each draw takes each seed
-        drawn = np.random.default_rng(SEED).integers(0, len(seeds), (RESAMPLES, len(seeds)))
-        np.add.at(times, (np.arange(RESAMPLES)[:, None], drawn), 1)
-        each = np.stack([spearman(life) for life in lives])
-        pooled = _pooled([np.concatenate(mine) for mine in by_seed], times)
-        short = np.array([len(life) < LEAST for life in lives])
-        known = np.isfinite(each)
-        for a, b in zip(*np.triu_indices(len(CORRELATED), 1), strict=True):
-            here = known[:, a, b]
-            count = np.bincount(owner[here], minlength=len(seeds))
-            total = np.bincount(owner[here], each[here, a, b], minlength=len(seeds))
-            with np.errstate(invalid="ignore"):
-                means = (times @ total) / (times @ count)
-            pair = {"start": start, "first": CORRELATED[a], "second": CORRELATED[b], "short": int(short.sum())}
-            pair["constant"] = int((~here & ~short).sum())
-            whole = float(spearman(np.concatenate(lives))[a, b])
-            low, high = _interval(pooled[:, a, b], len(seeds))
-            rows.append(
-                {**pair, "version": "pooled", "spearman": whole, "low": low, "high": high, "points": kept.height}
-                | {"lives": len(lives), "constant": 0, "short": 0}
-            )
-            low, high = _interval(means, int((count > 0).sum()))
-            mean = float(total.sum() / count.sum()) if here.any() else math.nan
-            many = sum(len(life) for life, counted in zip(lives, here, strict=True) if counted)
-            rows.append(
-                {**pair, "version": "within", "spearman": mean, "low": low, "high": high, "points": many}
-                | {"lives": int(here.sum())}
-            )
-    return pl.DataFrame(rows, schema=_PAIR).with_columns(pl.col("spearman", "low", "high").fill_nan(None))
-
-
-def spearman(table: Floats) -> Floats:
-    """Spearman's rank correlation of every pair of columns, [points, columns] -> [columns, columns]; equal values share
-    their mean rank. NaN for a column without two different values, and for fewer than three points."""
-    points, columns = table.shape
-    if points < LEAST:
-        return np.full((columns, columns), np.nan)
-    ranks = rankdata(table, axis=0) - (points + 1) / 2
-    size = np.sqrt((ranks**2).sum(0))
-    scale = np.outer(size, size)
-    found = np.divide(ranks.T @ ranks, scale, out=np.full(scale.shape, np.nan), where=scale > 0)
-    return np.asarray(np.clip(found, -1, 1), dtype=np.float64)
-
-
-def _pooled(tables: Sequence[Floats], times: NDArray[np.int64]) -> Floats:
-    """The correlations of every draw, [draws, columns, columns]. Few seeds make few different draws."""
-    different, which = np.unique(times, axis=0, return_inverse=True)
-    found = [
-        spearman(np.concatenate([table for table, n in zip(tables, row, strict=True) for _ in range(n)]))
-        for row in different
-    ]
-    return np.stack(found)[which.reshape(-1)]
-
-
-def _interval(draws: Floats, seeds: int) -> tuple[float, float]:
-    known = draws[np.isfinite(draws)]
-    if seeds < 2 or not len(known):
-        return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
 def _points(found: Iterable[dict[str, Any]], names: Sequence[str]) -> pl.DataFrame:
-    rows = [{name: look[name] for name in (*list(_POINT)[:3], *_MEASURED)} for look in found]
+    rows = [{name: _number(look[name]) for name in (*list(_POINT)[:3], *_MEASURED)} for look in found]
     starts = [row for row in rows if row["method"] == FRESH and row["step"] == 0]
     rows += [row | {"method": name} for row in starts for name in names]
     frame = pl.DataFrame(rows, schema={name: kind for name, kind in _POINT.items() if not name.endswith("_gap")})
@@ -246,6 +165,11 @@ def _points(found: Iterable[dict[str, Any]], names: Sequence[str]) -> pl.DataFra
         .sort(order, "seed", "step")
         .select(list(_POINT))
     )
+
+
+def _number(value: Any) -> Any:
+    """A measurement as it is; of one that has a value a level, the mean."""
+    return math.fsum(value) / len(value) if isinstance(value, list) else value
 
 
 def _online(online: dict[tuple[str, int], list[float]], names: Sequence[str], length: int) -> pl.DataFrame:

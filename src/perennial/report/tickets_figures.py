@@ -20,7 +20,7 @@ from perennial.report.svg import Drawing, drawing_style, render
 from perennial.report.tickets_tables import ALL, TICKET, TicketTables, kind_label, shown_levels
 from perennial.report.words import examples
 from perennial.statistics import Floats
-from perennial.tickets.controls import CONTROLS
+from perennial.tickets.control import CONTROLS
 
 _LEFT, _TOP, _BOTTOM, _GAP = 58.0, 34.0, 46.0, 26.0
 _RANGES = "mean over replicates, bars from the lowest to the highest"
@@ -159,24 +159,26 @@ def _curves(tables: TicketTables, kind: str) -> Drawing | None:
     with drawing_style(name):
         figure, axes, plot_share = _canvas([line.label for line in lines], NARROW)
         for at, line in enumerate(lines):
-            axes.fill_between(line.x, line.low, line.high, color=line.look.colour, alpha=0.12, linewidth=0)
-            step = max(1, len(line.x) // 5)
-            _draw(axes, line, every=(at * step // len(lines), step), width=1.4)
+            step = max(1, len(line.x) // 6)
+            marked = slice(at * step // len(lines), None, step)
+            axes.vlines(line.x[marked], line.low[marked], line.high[marked], color=line.look.colour, linewidth=1.2,
+                        alpha=0.6, zorder=2.5)  # fmt: skip
+            _draw(axes, line, every=(marked.start, step), width=1.4)
         axes.set_xlim(0, max(line.x[-1] for line in lines))
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: examples(value)))
         axes.set_xlabel("iterations", labelpad=7, fontsize=LABEL)
         _vertical(axes, True, [line.mean for line in lines])
         # Both figures have one scale, and the first steps, which climb from chance, do not set it.
-        low, high = float(np.quantile(_floats(frame, "mean"), 0.08)), float(_floats(frame, "high").max())
-        margin = 0.06 * (high - low) or 0.01
-        axes.set_ylim(low - margin, high + margin)
+        bottom, top = float(np.quantile(_floats(frame, "mean"), 0.08)), float(_floats(frame, "high").max())
+        margin = 0.06 * (top - bottom) or 0.01
+        axes.set_ylim(bottom - margin, top + margin)
         _heading(figure, heading)
         _label_ends(figure, axes, [(line.label, line.look.colour, line.x[-1], line.mean[-1]) for line in lines])
         ends = "; ".join(f"{line.label} of the weights {_spoken(line.mean[-1], True)}" for line in lines)
         description = (
             f"Accuracy on the validation set against iterations, a line a percentage of weights remaining, mean over "
-            f"replicates with a band from the lowest to the highest. At iteration {lines[0].x[-1]:,.0f}: {ends}."
+            f"replicates with bars from the lowest to the highest. At iteration {lines[0].x[-1]:,.0f}: {ends}."
         )
         return render(figure, name, heading, description, plot_share)
 

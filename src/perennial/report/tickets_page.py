@@ -99,6 +99,7 @@ def write_ticket_report(
         drawn=drawn,
         level_key=_level_key(tables),
         layer_key=_layer_key(tables),
+        together=tables.validation.select(pl.col("evaluations").max()).item() or 1,
         minus=MINUS,
         links=[{"name": name, "href": _link(text, "text/csv")} for name, text in frames.items()],
         command=command,
@@ -185,7 +186,10 @@ def _notes(experiment: Experiment, tables: TicketTables) -> list[str]:
         if mine.len():
             fewer.append(f"{kind_label(kind)} at {', '.join(map(percent_text, mine))}%")
     if fewer:
-        notes.append(f"Not all replicates have finished, and marks are hollow: {'; '.join(fewer)}.")
+        notes.append(
+            f"Not all replicates have finished, and marks are hollow: {'; '.join(fewer)}. These means are of other "
+            "replicates than the rest; the differences to the whole network, by replicate, can be compared."
+        )
     gone = tables.trainings.filter(pl.col("early_stop").is_null())
     if gone.height:
         which = ", ".join(

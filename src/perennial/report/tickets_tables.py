@@ -15,7 +15,7 @@ import torch
 
 from perennial.report.load import NoResultsError
 from perennial.storage import read_tensors
-from perennial.tickets.controls import CONTROLS
+from perennial.tickets.control import CONTROLS
 from perennial.tickets.experiment import Experiment, Job, rows
 from perennial.tickets.masks import Masks
 from perennial.tickets.overlap import jaccard, sparsity
@@ -28,6 +28,8 @@ CHANGES = tuple(f"{name}_change" for name in QUANTITIES)
 """The same against the whole network of the replicate: a share of its early stop, and differences of shares."""
 SHOWN_PERCENTAGES = (51.3, 21.1, 13.5, 3.6)
 """Of the weights: at the levels nearest to these the learning curves are shown, as in the paper's Figure 3."""
+POINTS = 48
+"""At most so many points has a learning curve; more evaluations are averaged, several beside each other."""
 ALL = "all"
 """The name of all layers together."""
 
@@ -39,7 +41,8 @@ _ROW: dict[str, type[pl.DataType]] = {
     **dict.fromkeys((*QUANTITIES, *CHANGES, "training_loss"), pl.Float64),
 }
 _SPREAD: dict[str, type[pl.DataType]] = dict.fromkeys(("mean", "low", "high"), pl.Float64)
-_CURVE = {"kind": pl.String, "level": pl.Int64, "percent": pl.Float64, "iteration": pl.Int64, "replicates": pl.Int64}
+_CURVE = {"kind": pl.String, "level": pl.Int64, "percent": pl.Float64, "iteration": pl.Float64}
+_CURVE |= dict.fromkeys(("evaluations", "replicates"), pl.Int64)
 _LAYER = {"level": pl.Int64, "percent": pl.Float64, "layer": pl.String, "replicates": pl.Int64}
 _COUNT = {**_LAYER, **dict.fromkeys(("total", "scheduled", "kept_low", "kept_high"), pl.Int64)}
 _PAIR = {"level": pl.Int64, "percent": pl.Float64, "layer": pl.String, "first": pl.Int64, "second": pl.Int64}
@@ -61,7 +64,8 @@ class TicketTables:
     overlap: pl.DataFrame
     """A row a level of the ticket, a layer and a pair of replicates: what their masks share, and by chance."""
     validation: pl.DataFrame
-    """Accuracy on the validation set on the way, at the levels shown: a row a kind, level and iteration."""
+    """Accuracy on the validation set on the way, at the levels shown: a row a kind, level and group of evaluations,
+    with the middle of the group as its iteration."""
 
 
 def kind_label(kind: str) -> str:
@@ -224,22 +228,27 @@ def _validation(experiment: Experiment, directory: Path, levels: pl.DataFrame) -
     stop = whole["early_stop_mean"][0] if whole.height else None
     # Up to where something happens: the rest is flat. Rounded up to whole evaluations.
     last = end if stop is None else min(end, every * max(10, math.ceil(3 * stop / every)))
+    together = math.ceil(last / every / POINTS)
     found = []
     shown = shown_levels(levels)
     kinds = [TICKET] + ["random_reinit"] * ("random_reinit" in experiment.controls)
     present = levels.filter(pl.col("kind").is_in(kinds) & pl.col("level").is_in(shown))
     for kind, level, percent in present.select("kind", "level", "percent").iter_rows():
-        lanes: dict[int, list[float]] = {}
+        points: dict[tuple[float, int], list[float]] = {}
         for seed in experiment.seeds:
             results = Job(seed, kind, level).results(directory)
             curve = [] if results is None else results["validation_accuracy"]
-            for at, value in enumerate(curve):
-                lanes.setdefault(end - every * (len(curve) - 1 - at), []).append(value)
-        for iteration, values in sorted(lanes.items()):
-            if iteration <= last:
-                row = {"kind": kind, "level": level, "percent": percent, "iteration": iteration}
-                spread = dict(zip(_SPREAD, summarise(values), strict=True))
-                found.append(row | {"replicates": len(values)} | spread)
+            begin = end // every - len(curve)  # evaluations that a late start has left out
+            for first in range(begin - begin % together, last // every, together):
+                taken = range(max(first, begin), min(first + together, last // every))
+                if taken:
+                    at = every * (1 + (taken[0] + taken[-1]) / 2)
+                    mean = math.fsum(curve[number - begin] for number in taken) / len(taken)
+                    points.setdefault((at, len(taken)), []).append(mean)
+        for (iteration, evaluations), values in sorted(points.items()):
+            row = {"kind": kind, "level": level, "percent": percent, "iteration": iteration}
+            row |= {"evaluations": evaluations, "replicates": len(values)}
+            found.append(row | dict(zip(_SPREAD, summarise(values), strict=True)))
     return pl.DataFrame(found, schema={**_CURVE, **_SPREAD})
 
 

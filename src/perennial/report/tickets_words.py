@@ -33,7 +33,7 @@ def findings(tables: TicketTables) -> list[str]:
         f"{_range(shares, _percent)} there."
     ]
     found += [text for level in focus if (text := _at(trainings, level, percent[level]))]
-    found += filter(None, [_best(tables.levels), _masks(tables.overlap, focus)])
+    found += filter(None, [_best(tables.levels), _masks(tables.overlap)])
     return found
 
 
@@ -41,11 +41,11 @@ def compared(values: Sequence[float], more: str, less: str, write: Callable[[flo
     """Paired differences in words: ``31% earlier in each of 3 replicates (28% to 35%)``."""
     many, mean = len(values), math.fsum(values) / len(values)
     if not any(values):
-        return "the same" + (f" in each of {many} replicates" if many > 1 else "")
+        return "the same" + (f" in each of {many} replicates" if many > 1 else " (one replicate)")
     word = more if mean > 0 else less
     agree = sum((value > 0) == (mean > 0) and value != 0 for value in values)
     if many == 1:
-        return f"{write(abs(mean))} {word}"
+        return f"{write(abs(mean))} {word} (one replicate)"
     if agree == many:
         low, high = sorted((abs(min(values)), abs(max(values))))
         return f"{write(abs(mean))} {word} in each of {many} replicates ({write(low)} to {write(high)})"
@@ -92,10 +92,12 @@ def _then(values: Sequence[float]) -> str:
 def _best(levels: pl.DataFrame) -> str:
     """Which tickets stop first, and how small one can be that is as accurate as the whole network."""
     mine = levels.filter((pl.col("kind") == TICKET) & (pl.col("level") > 0)).drop_nulls("early_accuracy_change_mean")
-    if mine.height < 2:
+    if mine.is_empty():
         return ""
     most = mine.select(pl.col("replicates").max()).item()
     mine = mine.filter(pl.col("replicates") == most)  # means over fewer are of other replicates
+    if mine.height < 2:
+        return ""
     first = mine.sort("early_stop_mean", "level").row(0, named=True)
     text = (
         f"Of {mine.height} tickets, that of {percent_text(first['percent'])}% has the earliest mean early stop, at "
@@ -112,14 +114,14 @@ def _best(levels: pl.DataFrame) -> str:
     )
 
 
-def _masks(overlap: pl.DataFrame, focus: Sequence[int]) -> str:
+def _masks(overlap: pl.DataFrame) -> str:
     means = overlap.group_by("level", "percent", "layer", maintain_order=True).agg(
         pl.col("jaccard", "floor", "excess").mean(), pl.len().alias("pairs")
     )
-    here = means.filter(pl.col("level").is_in(list(focus))).sort("level")
-    if here.is_empty():
+    if means.is_empty():
         return ""
-    here = here.filter(pl.col("level") == here["level"][0])
+    level = min(means.select("level", "percent").rows(), key=lambda row: abs(math.log(row[1] / _FOCUS)))[0]
+    here = means.filter(pl.col("level") == level)
     total = here.filter(pl.col("layer") == ALL).row(0, named=True)
     pairs = f"mean over {total['pairs']} pairs" if total["pairs"] > 1 else "one pair"
     text = (

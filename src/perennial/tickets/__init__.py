@@ -1,7 +1,7 @@
 """Lottery tickets: subnetworks that train as well as the whole, how they are found, and what they are compared with."""
 
 from perennial.tickets.connectivity import ConnectivityResult, instability, linear_path
-from perennial.tickets.controls import CONTROLS, controls, run_control
+from perennial.tickets.control import CONTROLS, controls, run_control
 from perennial.tickets.find import Level, Pruning, Stage, Ticket, find_ticket
 from perennial.tickets.masks import Enforced, Masks, check_masks, enforce, prunable, remaining, whole
 from perennial.tickets.networks import NETWORKS

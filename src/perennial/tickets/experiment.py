@@ -13,7 +13,7 @@ from torch import nn
 from perennial.parallel import run_jobs
 from perennial.storage import read_json
 from perennial.streams.files import cifar10, mnist
-from perennial.tickets.controls import CONTROLS, run_control
+from perennial.tickets.control import CONTROLS, run_control
 from perennial.tickets.find import Level, Pruning, Stage, Ticket, find_ticket
 from perennial.tickets.networks import NETWORKS
 from perennial.tickets.prune import remaining_weights
@@ -39,11 +39,11 @@ class Experiment:
     rewind: int = 0
     """The iteration to whose weights survivors are reset."""
     after: str = "reset"
-    """What becomes of survivors, see :func:`find_ticket`; all but ``fine_tune``."""
+    """What becomes of survivors, see :func:`~perennial.tickets.find_ticket`; all but ``fine_tune``."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Replicates: start, order of data, validation set."""
     controls: tuple[str, ...] = ("random_reinit", "random_mask")
-    """Of :data:`CONTROLS`."""
+    """Of :data:`~perennial.tickets.CONTROLS`."""
     control_levels: tuple[int, ...] | None = None
     """The rounds whose tickets are controlled; None: all but the first."""
 

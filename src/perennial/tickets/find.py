@@ -20,6 +20,7 @@ from perennial.trainability.learning import bar_for
 Weights: TypeAlias = dict[str, Tensor]
 """Parameters and buffers by name, as in a ``state_dict``."""
 
+PRUNED = ("zero", "start")
 AFTERWARDS = ("reset", "continue", "rewind_learning_rate", "fine_tune")
 
 
@@ -39,6 +40,8 @@ class Stage:
     """The step before which to end; None: at the end of training."""
     seed: int
     """The seed of the search: the same data in the same order for every round."""
+    frozen: bool
+    """Whether pruned weights are held at their start, not at zero."""
     folder: Path | None
     """Where checkpoints within this training may lie, and are cleared away afterwards; None without a directory."""
 
@@ -137,6 +140,7 @@ def find_ticket(
     rounds: int = 15,
     rewind: int = 0,
     after: str = "reset",
+    pruned: str = "zero",
     fine_tune_from: int | None = None,
     one_shot: bool = False,
     data: Mapping[str, Any] | None = None,
@@ -163,14 +167,17 @@ def find_ticket(
 
     Args:
         make_model: makes the network, drawing from torch's, NumPy's or Python's global generators.
-        train: trains a model in place; see :class:`Stage`. Masks hold by themselves, for any torch optimizer.
+        train: trains a model in place; see :class:`~perennial.tickets.Stage`. Masks hold by themselves, for any
+            torch optimizer.
         prune: shares, scope and score; by default a fifth of each layer, by magnitude.
         rounds: of pruning; 15 leave 3.6%.
         rewind: the step to whose weights survivors are reset.
         after: what becomes of survivors, see above.
+        pruned: what becomes of the others: ``zero``, or ``start``, where they are held (Zhou et al., NeurIPS 2019).
         fine_tune_from: see above.
         one_shot: prune once, by as much as all rounds would.
-        data: what the score looks at besides weights, as fields of :class:`Evidence`: ``batches``, ``loss``,
+        data: what the score looks at besides weights, as fields of :class:`~perennial.tickets.Evidence`:
+            ``batches``, ``loss``,
             ``example``.
         seed: of the start, and of ties.
         directory: where finished rounds are kept: the same call goes on after the last of them, and a call with more
@@ -184,6 +191,8 @@ def find_ticket(
     prune = prune or Pruning()
     if after not in AFTERWARDS:
         raise ValueError(f"after is {after!r}; it is one of {', '.join(AFTERWARDS)}")
+    if pruned not in PRUNED:
+        raise ValueError(f"pruned is {pruned!r}; it is one of {', '.join(PRUNED)}")
     if rounds < 0 or rewind < 0:
         raise ValueError(f"rounds is {rounds} and rewind {rewind}; both are numbers from 0")
     if (after == "fine_tune") != (fine_tune_from is not None):
@@ -196,6 +205,7 @@ def find_ticket(
         "score": prune.score if isinstance(prune.score, str) else getattr(prune.score, "__name__", "a function"),
         "rewind": rewind,
         "after": after,
+        "pruned": pruned,
         "fine_tune_from": fine_tune_from,
         "one_shot": rounds if one_shot else False,
         "seed": seed,
@@ -214,27 +224,28 @@ def find_ticket(
             done = kept.level(number, masks, name)
             if done is None:
                 model.load_state_dict(weights)
-                with enforce(model, masks) as held:
-                    stage = Stage(model, masks, number, start, stop, seed, kept.folder(name))
+                frozen = pruned == "start"
+                with enforce(model, masks, frozen=rewound if frozen else None) as held:
+                    stage = Stage(model, masks, number, start, stop, seed, frozen, kept.folder(name))
                     results = train(stage) or {}
                     held.check()
                 done = kept.save(number, masks, name, results, weights_of(model))
             return done
 
-        masks = kept.masks("level-00", lambda: whole(model, share))
+        masks, rewound = kept.masks("level-00", lambda: whole(model, share)), drawn
         rewound = run(0, masks, drawn, 0, rewind, "rewind").trained if rewind else drawn
         levels.append(run(0, masks, rewound, rewind, None, "level-00"))
         advance()
         for number in range(1, total + 1):
             last = levels[-1].trained
 
-            def pruned(before: Masks = masks, last: Weights = last) -> Masks:
+            def chosen(before: Masks = masks, last: Weights = last) -> Masks:
                 scores = _score(prune, model, rewound, last, before, data, seed)
                 some = {n: 1 - (1 - p) ** rounds for n, p in share.items()} if one_shot else share
                 return select(scores, before, some, scope=prune.scope, seed=seed + len(levels))
 
             name = f"level-{rounds if one_shot else number:02d}"
-            masks = kept.masks(name, pruned)
+            masks = kept.masks(name, chosen)
             weights, start = {
                 "reset": (rewound, rewind),
                 "continue": (last, 0),

@@ -43,7 +43,7 @@ def prunable(model: nn.Module, patterns: Iterable[str] = ("*",)) -> list[str]:
 
 
 def whole(model: nn.Module, names: Iterable[str] | None = None) -> Masks:
-    """Masks that keep everything, of :func:`prunable` weights unless named."""
+    """Masks that keep everything, of :func:`~perennial.tickets.prunable` weights unless named."""
     held = dict(model.named_parameters())
     return {n: torch.ones_like(held[n], dtype=torch.bool) for n in (prunable(model) if names is None else names)}
 
@@ -69,7 +69,7 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 class Enforced:
-    """Holds pruned weights where they are, whatever the optimizer does; :func:`enforce` makes it."""
+    """Holds pruned weights where they are, whatever the optimizer does; :func:`~perennial.tickets.enforce` makes it."""
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], frozen: Mapping[str, Tensor] | None) -> None:
         check_masks(model, masks)

@@ -133,7 +133,7 @@ def sparsity(of: nn.Module | Mapping[str, Tensor]) -> Sparsity:
     """The zeros that are there, counted: what a mask has become after training, saving or loading.
 
     Args:
-        of: a model, of which those of :func:`perennial.tickets.masks.prunable` are counted; or masks, or weights, by
+        of: a model, of which those of :func:`perennial.tickets.prunable` are counted; or masks, or weights, by
             name, all of which are.
 
     Raises:

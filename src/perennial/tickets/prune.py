@@ -44,7 +44,7 @@ def remaining_weights(model: nn.Module, rates: Mapping[str, float], rounds: int)
 
     Args:
         model: any.
-        rates: pattern of modules' names -> share pruned a round, see :func:`shares`.
+        rates: pattern of modules' names -> share pruned a round, see :func:`~perennial.tickets.shares`.
         rounds: how many.
     """
     if rounds < 0:

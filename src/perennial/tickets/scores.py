@@ -1,6 +1,7 @@
 """Which weights to prune first: scores of single weights, before, during or after training.
 
-A score takes :class:`Evidence` and gives, for every weight that may be pruned, a number: the lowest are pruned first.
+A score takes :class:`~perennial.tickets.Evidence` and gives, for every weight that may be pruned, a number: the
+lowest are pruned first.
 Values at places that are pruned already have no meaning and are ignored.
 
 The scores of Zhou et al. (NeurIPS 2019, "Deconstructing Lottery Tickets") look at two values of a weight alone, the
@@ -350,7 +351,7 @@ def prune_at_start(
 
     Args:
         model: with the weights that survivors will have.
-        score: a name of :data:`SCORES`, or a function of :class:`Evidence`.
+        score: a name of :data:`~perennial.tickets.SCORES`, or a function of :class:`~perennial.tickets.Evidence`.
         density: share of the weights in the masks' tensors that is left at the end, in (0, 1], rounded to a whole
             number of weights.
         iterations: rounds.
@@ -360,7 +361,7 @@ def prune_at_start(
         seed: of the order among equal scores, of random scores and of dropout.
         scope: ``"global"``, the lowest of all layers together, or ``"layer"``, the same share of every layer.
         masks: what is pruned already, and which weights may be pruned: bool by parameter name. None: nothing, and those
-            of :func:`perennial.tickets.masks.prunable`.
+            of :func:`perennial.tickets.prunable`.
 
     Returns:
         Masks, bool by parameter name; True is kept.

@@ -53,7 +53,7 @@ class Supermask(nn.Module):
         rescale: whether to multiply by c.
         signed_constant: replace each weight by its sign times the standard deviation of its layer's weights, about
             their mean.
-        names: of the parameters to mask; None: those of :func:`perennial.tickets.masks.prunable`.
+        names: of the parameters to mask; None: those of :func:`perennial.tickets.prunable`.
         seed: of the draws of masks (bernoulli), or of the first scores (top_k).
 
     Raises:

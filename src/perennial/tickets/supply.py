@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perennial import metrics
-from perennial.tickets.controls import CONTROLS, run_control
+from perennial.tickets.control import CONTROLS, run_control
 from perennial.tickets.find import Pruning, Stage, Ticket, find_ticket
 from perennial.tickets.overlap import jaccard
 from perennial.tickets.training import Data, Split, Training, fit

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perennial.methods import SGD, Adam
 from perennial.noise import torch_seed
 from perennial.storage import read_tensors, write_tensors
 from perennial.tickets.find import Stage
@@ -68,6 +69,13 @@ class Training:
         """The step size of an iteration, counted from 0."""
         lr = self.lr * 0.1 ** sum(step >= at for at in self.milestones)
         return lr * (step + 1) / self.warm_up if step < self.warm_up else lr
+
+    @property
+    def rule(self) -> Adam | SGD:
+        """The optimizer as a rule."""
+        if self.optimizer == "adam":
+            return Adam(lr=self.lr, weight_decay=self.weight_decay)
+        return SGD(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def make_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Over parameters, fused where torch can."""
@@ -159,11 +167,10 @@ class _Sparse:
         start = {name: p.detach().float() for name, p in model.named_parameters()}
         self.split, self.training = split, training
         density = split.sparse["training"].density
-        self.networks = SparseMLPs(layers, [start], [masks], training.make_optimizer, density=density)
+        self.networks = SparseMLPs(layers, [start], [masks], training.rule, density=density)
 
     def step(self, picks: Tensor, step: int) -> float:
-        self.networks.optimizer.param_groups[0]["lr"] = self.training.lr_at(step)
-        return float(self.networks.step(self.split.sparse["training"], picks[None])[0])
+        return float(self.networks.step(self.split.sparse["training"], picks[None], self.training.lr_at(step))[0])
 
     def evaluate(self, part: str) -> tuple[float, float]:
         loss, accuracy = self.networks.evaluate(self.split.sparse[part])
@@ -173,11 +180,10 @@ class _Sparse:
         return self.networks.params(0)
 
     def state(self) -> dict[str, Any]:
-        return {"values": self.networks.values.detach(), "optimizer": self.networks.optimizer.state_dict()}
+        return dict(self.networks.state_dict())
 
     def load(self, state: dict[str, Any]) -> None:
-        self.networks.values.data.copy_(state["values"])
-        self.networks.optimizer.load_state_dict(state["optimizer"])
+        self.networks.load_state_dict(state)
 
 
 class _Dense:
@@ -231,7 +237,7 @@ def fit(
     save_every: float = 30.0,
     pulse: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Train a stage's network, evaluating on the way: the ``train`` of :func:`perennial.tickets.find_ticket`.
+    """Train a stage's network, evaluating on the way: the ``train`` of :func:`~perennial.tickets.find_ticket`.
 
     The validation loss is taken every ``evaluate_every`` iterations. All runs train to the end; the early stop is the
     iteration of the smallest validation loss, found afterwards. The test set is looked at where the validation loss is
@@ -239,7 +245,8 @@ def fit(
 
     Args:
         stage: what to train; killed, it goes on from the last checkpoint in the stage's folder, with the same result.
-        split: the data; perceptrons on a CPU are trained by :class:`SparseMLPs`, other networks by plain torch.
+        split: the data; perceptrons on a CPU are trained by :class:`~perennial.tickets.SparseMLPs`, other networks
+            by plain torch.
         training: how.
         device: where.
         save_every: seconds between checkpoints.
@@ -252,7 +259,7 @@ def fit(
     """
     where = torch.device(device)
     engine: _Engine
-    if mlp_layers(stage.model) is not None and where.type == "cpu" and not training.augment:
+    if mlp_layers(stage.model) is not None and where.type == "cpu" and not (training.augment or stage.frozen):
         engine = _Sparse(stage.model, stage.masks, split, training)
     else:
         engine = _Dense(stage.model, split, training, where)

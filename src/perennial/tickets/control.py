@@ -102,9 +102,9 @@ def run_control(
     """Train one control of a ticket; what the training function returns.
 
     Args:
-        name: one of :data:`CONTROLS`.
+        name: one of :data:`~perennial.tickets.CONTROLS`.
         ticket: the control has as many weights in each layer.
-        make_model: as in :func:`find_ticket`.
+        make_model: as in :func:`~perennial.tickets.find_ticket`.
         train: likewise.
         seed: of what the control draws.
         order: the ``stage.seed`` that the training function gets; that of the ticket, so that both see the same data.
@@ -121,7 +121,7 @@ def run_control(
     model = made_apart(make_model, seed, "init")
     model.load_state_dict(start)
     with enforce(model, masks) as held:
-        results = dict(train(Stage(model, masks, ticket.levels[-1].level, 0, None, order, directory)) or {})
+        results = dict(train(Stage(model, masks, ticket.levels[-1].level, 0, None, order, False, directory)) or {})
         held.check()
     if directory is not None:
         write_json(directory / "results.json", results)
@@ -143,10 +143,10 @@ def controls(
     """Train the controls of a ticket, by default at its last level.
 
     Args:
-        ticket: of :func:`find_ticket`.
+        ticket: of :func:`~perennial.tickets.find_ticket`.
         make_model: as given there.
         train: likewise.
-        kinds: of :data:`CONTROLS`.
+        kinds: of :data:`~perennial.tickets.CONTROLS`.
         levels: rounds whose tickets are controlled; None: the last.
         seed: that of the search; controls see the same data, and draw weights and masks of their own.
         directory: where finished controls are kept, and not trained again.
