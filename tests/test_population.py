@@ -780,12 +780,11 @@ def test_nobody_is_asked_where_no_event_can_fall_due(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("hidden", [(3,), pytest.param((5, 4), marks=pytest.mark.slow)], ids=str)
-def test_compiled_lanes_see_and_do_what_uncompiled_ones_do(hidden: tuple[int, ...]) -> None:
+def test_compiled_lanes_see_and_do_what_uncompiled_ones_do() -> None:
     """Signals, losses, a coupled penalty and events; five lanes, so that some are padding."""
     needs = _Looks(("activations", "signals", "loss"))
     lanes = [Lane(seed, SGD(lr=0.01, momentum=0.9), (needs, _Pull(0.1), _Now(0.1 * seed, 3))) for seed in range(5)]
-    made = [populate(lanes, dtype=torch.float32, compiled=compiled, hidden=hidden) for compiled in (True, False)]
+    made = [populate(lanes, dtype=torch.float32, compiled=compiled) for compiled in (True, False)]
     for population in made:
         population.advance(5)
         population.advance(5)

@@ -152,7 +152,7 @@ def controls(
         directory: where finished controls are kept, and not trained again.
 
     Returns:
-        A row each: kind, level, percent of the weights that remain, and what the training function returned.
+        A row each, with kind, level, percent of the weights that remain, and what the training function returned.
     """
     rows: list[dict[str, float | str]] = []
     for level in levels or (len(ticket.levels) - 1,):

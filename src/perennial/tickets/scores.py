@@ -52,7 +52,7 @@ class Evidence:
     example: Tensor | None = None
     """A batch of inputs, for its shape; None: the first of the batches."""
     seed: int = 0
-    """Of :func:`random`, and of what the network draws (dropout)."""
+    """Of :func:`perennial.tickets.scores.random`, and of what the network draws (dropout)."""
 
 
 class _OfCopy(Evidence):
@@ -270,7 +270,8 @@ def synflow(evidence: Evidence) -> dict[str, Tensor]:
     of the outputs of the network with the magnitudes of all its parameters and buffers, for an input of ones.
 
     Needs no data. In a network of linear layers and rectifiers the scores of a layer sum to the same for every layer,
-    biases aside, so that in many rounds (:func:`prune_at_start` with 100 ``iterations``) no layer is emptied while
+    biases aside, so that in many rounds (:func:`~perennial.tickets.prune_at_start` with 100 ``iterations``) no layer
+    is emptied while
     others have weights to spare: those of a layer of few weights score high. Tanaka et al. (NeurIPS 2020, arXiv
     2006.05467). In evaluation mode, and in float64, whose range deep networks need.
 

@@ -33,6 +33,8 @@ class Supply:
     """What goes after each."""
     examples: int
     """Images of a task to learn from, those held out for validation among them."""
+    test_examples: int = 10_000
+    """Images of the task's test set to score on."""
     control: str = "shuffled_mask"
     """What tickets are compared with, of :data:`perennial.tickets.CONTROLS`: as many weights at random places, at the
     same start."""
@@ -44,6 +46,8 @@ class Supply:
             )
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}; without a round nothing is pruned")
+        if self.test_examples < 1:
+            raise ValueError(f"test_examples is {self.test_examples}; it must be at least 1")
         if self.control not in CONTROLS:
             raise ValueError(f"there is no control {self.control!r}; there are {', '.join(CONTROLS)}")
         if self.examples <= self.training.validation:
@@ -56,7 +60,9 @@ def drawn_examples(inputs: Tensor, classes: Tensor, test: tuple[Tensor, Tensor],
     """The part of a task that networks learn, split."""
     rng = torch.Generator().manual_seed(seed)
     some = torch.randperm(len(inputs), generator=rng)[: supply.examples]
-    return Data(inputs[some], classes[some], test).split(supply.training.validation, seed)
+    scored = torch.randperm(len(test[0]), generator=rng)[: supply.test_examples]
+    data = Data(inputs[some], classes[some], (test[0][scored], test[1][scored]))
+    return data.split(supply.training.validation, seed)
 
 
 def measure_supply(
