@@ -75,6 +75,7 @@ def test_settings_of_ticket_studies_from_the_command_line() -> None:
         ("lenet-mnist", {"control_levels": [16]}, "control_levels has 16"),
         ("lenet-mnist", {"controls": ["luck"]}, "no control 'luck'"),
         ("lenet-mnist", {"after": "fine_tune"}, "after is 'fine_tune'"),
+        ("lenet-mnist", {"after": "continue"}, "after is 'continue'"),
         ("lenet-mnist", {"seeds": [1, 1]}, "different whole numbers"),
         ("lenet-mnist", {"training.optimizer": "adagrad"}, "optimizer is 'adagrad'"),
         ("lenet-mnist", {"steps": 50}, "evaluate_every is 100"),
@@ -271,6 +272,8 @@ def test_jobs_run_when_what_they_need_is_there(tmp_path: Path) -> None:
     assert set(heard) == {(0, 1), (1, 1), (2, 1)}
     with pytest.raises(RunError, match="99: ValueError: no such number"):
         run_jobs([99], functools.partial(write_after, tmp_path), workers=1)
+    with pytest.raises(RunError, match="nothing makes 5 ready"):
+        run_jobs([5], functools.partial(write_after, tmp_path), ready=lambda job: False, workers=1)
 
 
 @needs_mnist

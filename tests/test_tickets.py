@@ -400,7 +400,7 @@ def test_killed_within_a_round_ends_with_the_same_bits(
     calls = itertools.count(1)
 
     def pulse(step: int) -> None:
-        if next(calls) in (3, 8):
+        if next(calls) in (3, 9, 12):  # twice within a round, once at its very end
             raise _Killed
 
     def fragile(stage: Stage) -> dict[str, Any]:
@@ -413,7 +413,7 @@ def test_killed_within_a_round_ends_with_the_same_bits(
             break
         except _Killed:
             kills += 1
-    assert kills == 2
+    assert kills == 3
     for one, other in zip(found.levels, undisturbed.levels, strict=True):
         assert one.results == other.results
         assert all(torch.equal(w, other.trained[n]) for n, w in one.trained.items())
@@ -515,6 +515,14 @@ def test_controls_have_the_ticket_sparsity_and_their_own_difference(tmp_path: Pa
         assert starts["signed_constant"][0][mask].abs().unique().numel() == 1
         w, _ = starts["random_reinit"]
         assert not torch.isin(w[mask], last).any()
+
+
+def test_controls_train_from_the_step_that_their_weights_are_of() -> None:
+    ticket = find_ticket(perceptron, train, rounds=1, rewind=20)
+    assert ticket.step == ticket.at(0).step == 20
+    begun: list[int] = []
+    controls(ticket, perceptron, lambda stage: begun.append(stage.start), kinds=["shuffled_mask", "random_reinit"])
+    assert begun == [20, 0]
 
 
 # --- sparse perceptrons -----------------------------------------------------------------------------------------------

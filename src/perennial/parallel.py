@@ -62,6 +62,8 @@ def run_jobs(
                 for job in [job for job in left if ready(job)][: workers - len(running)]:
                     left.remove(job)
                     running[pool.submit(_one, work, job, messages, stop)] = job
+                if not running:
+                    raise RunError(f"nothing makes {', '.join(map(str, left))} ready: what they need is missing")
                 done = wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done
                 while not messages.empty():
                     progress(*messages.get())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,11 +33,13 @@ _MARKS = 6  # markers on a line
 
 
 @dataclass(frozen=True)
-class _Canvas:
+class Canvas:
+    """A figure under way."""
+
     figure: Figure
     axes: Axes
     plot_share: float
-    line_height: float  # of one label, as a share of the axes' height
+    """The share of the width that a narrow screen shows."""
 
 
 def curve_figure(
@@ -59,8 +61,8 @@ def curve_figure(
     metric = frame.get_column("metric")[0]
     shown = measure(metric)
     with drawing_style(name):
-        canvas = _canvas(part, len(lines), WIDE if wide else NARROW)
-        axes = canvas.axes
+        drawn = canvas(_labels(part), len(lines), WIDE if wide else NARROW)
+        axes = drawn.axes
         for at, (key, line) in enumerate(lines.items()):
             _draw(axes, line, looks[key], at, len(lines), key, reference=method_of(part, key).linear)
             gone = line.only(line.leaves)
@@ -71,16 +73,16 @@ def curve_figure(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: examples(value)))
         axes.set_xlabel("examples seen", labelpad=7, fontsize=LABEL)
         if not wide:
-            _heading(canvas, shown.label)
+            heading(drawn.figure, shown.label)
         else:
             better = "higher" if shown.higher_is_better else "lower"
-            _heading(canvas, f"{shown.label} ({better} is better)")
-        _label_ends(canvas, part, lines, looks)
+            heading(drawn.figure, f"{shown.label} ({better} is better)")
+        label_ends(drawn.figure, drawn.axes, _ends(part, lines, looks))
         ends = "; ".join(
             f"{method_of(part, key).label} {_spoken(line.mean[-1], shown.share)}" for key, line in lines.items()
         )
         description = f"{shown.label} against examples seen, {_means(lines)}. At the end: {ends}."
-        return render(canvas.figure, name, title, description, canvas.plot_share)
+        return render(drawn.figure, name, title, description, drawn.plot_share)
 
 
 def sensitivity_figure(
@@ -104,8 +106,8 @@ def sensitivity_figure(
     place = dict(zip(values, positions(values), strict=True))
     broken = place[values[0]] != values[0] and values[0] == 0
     with drawing_style(name):
-        canvas = _canvas(part, len(lines), NARROW)
-        axes = canvas.axes
+        drawn = canvas(_labels(part), len(lines), NARROW)
+        axes = drawn.axes
         for at, (key, line) in enumerate(lines.items()):
             zero = line.x == 0 if broken else np.zeros(len(line.x), dtype=bool)
             moved = line.moved(place)
@@ -119,15 +121,16 @@ def sensitivity_figure(
         _vertical(axes, shown.share, list(lines.values()), logarithmic=metric == LOSS)
         _horizontal(axes, place, broken)
         axes.set_xlabel(frame.get_column("number")[0], labelpad=7, fontsize=LABEL)
-        _heading(canvas, f"Average {shown.label.lower()} over the run")
-        _label_ends(canvas, part, {key: line.moved(place) for key, line in lines.items()}, looks)
+        heading(drawn.figure, f"Average {shown.label.lower()} over the run")
+        moved_lines = {key: line.moved(place) for key, line in lines.items()}
+        label_ends(drawn.figure, drawn.axes, _ends(part, moved_lines, looks))
         best = "; ".join(
             f"{method_of(part, key).label} from {_spoken(np.nanmin(line.mean), shown.share)} "
             f"to {_spoken(np.nanmax(line.mean), shown.share)}"
             for key, line in lines.items()
         )
         description = f"Average {shown.label.lower()} over the run against {title}, {_means(lines)}. {best}."
-        return render(canvas.figure, name, title, description, canvas.plot_share)
+        return render(drawn.figure, name, title, description, drawn.plot_share)
 
 
 @dataclass(frozen=True)
@@ -160,18 +163,28 @@ def _lines(part: Part, frame: pl.DataFrame, x: str) -> dict[str, _Line]:
     return found
 
 
-def _canvas(part: Part, lines: int, size: tuple[int, int]) -> _Canvas:
+def _labels(part: Part) -> list[str]:
+    """Of every method, also of those that are not drawn: all figures of a part have one width."""
+    return [method.label for method in part.methods]
+
+
+def canvas(labels: Iterable[str], lines: int, size: tuple[int, int]) -> Canvas:
+    """A figure with room for labels at the right end of lines.
+
+    Args:
+        labels: all that may stand there in this figure and in those that shall have its width.
+        lines: how many will.
+        size: width and least height in points.
+    """
     width, least = size
-    # Room for every method's name, also of those that are not drawn here: all figures of a part have one width.
-    longest = max(TextPath((0, 0), method.label, size=LABEL).vertices[:, 0].max() for method in part.methods)
-    right = min(longest + _GAP + 8, 0.4 * width)
+    right = min(max(TextPath((0, 0), text, size=LABEL).vertices[:, 0].max() for text in labels) + _GAP + 8, 0.4 * width)
     height = max(float(least), _TOP + _BOTTOM + lines * LABEL * 1.4)
     figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
-    inner = height - _TOP - _BOTTOM
-    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, (width - _LEFT - right) / width, inner / height))
+    inner = (width - _LEFT - right) / width, (height - _TOP - _BOTTOM) / height
+    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, *inner))
     axes.tick_params(labelsize=LABEL)
     # A narrow screen cuts the figure off here: past the label of the last tick, before the names of the lines.
-    return _Canvas(figure, axes, round((width - right + 20) / width, 4), LABEL * 1.35 / inner)
+    return Canvas(figure, axes, round((width - right + 20) / width, 4))
 
 
 def _draw(
@@ -253,36 +266,41 @@ def _horizontal(axes: Axes, place: dict[float, float], broken: bool) -> None:
             )
 
 
-def _heading(canvas: _Canvas, text: str) -> None:
-    width, height = canvas.figure.get_size_inches() * 72
-    canvas.figure.text(10 / width, 1 - 20 / height, text, fontsize=LABEL, color="#2b2b2b", fontweight="bold")
+def heading(figure: Figure, text: str) -> None:
+    """A title at the top left."""
+    width, height = figure.get_size_inches() * 72
+    figure.text(10 / width, 1 - 20 / height, text, fontsize=LABEL, color="#2b2b2b", fontweight="bold")
 
 
-def _label_ends(canvas: _Canvas, part: Part, lines: dict[str, _Line], looks: dict[str, Look]) -> None:
-    """Names at the right end of the lines, moved apart where they would cover each other."""
-    axes = canvas.axes
-    ends = {}
-    for key, line in lines.items():
-        x, y = axes.transAxes.inverted().transform(axes.transData.transform((line.x[-1], line.mean[-1])))
-        ends[key] = (float(x), float(y))
-    order = sorted(ends, key=lambda key: ends[key][1])
-    levels = spread([ends[key][1] for key in order], canvas.line_height)
-    inner = axes.get_window_extent().width / canvas.figure.dpi * 72
-    for key, level in zip(order, levels, strict=True):
-        x, y = ends[key]
-        elbow, start = 1 + 5 / inner, 1 + (_GAP - 8) / inner
+def label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
+    """Names (label, colour, x, y) at the right end of the lines, moved apart where they would cover each other."""
+    axes.autoscale_view()  # else the limits, and with them the ends, move when the figure is drawn
+    box = axes.get_window_extent()
+    inner, tall = (length / figure.dpi * 72 for length in (box.width, box.height))
+    points = axes.transAxes.inverted().transform(axes.transData.transform([end[2:] for end in ends]))
+    order = sorted(range(len(ends)), key=lambda at: float(points[at][1]))
+    levels = spread([min(1.0, max(0.0, float(points[at][1]))) for at in order], LABEL * 1.35 / tall)
+    elbow, start = 1 + 5 / inner, 1 + (_GAP - 8) / inner
+    for at, level in zip(order, levels, strict=True):
+        (label, colour, *_), (x, y) = ends[at], points[at]
         reaches = x > 0.94  # from a line that ends early, a leader would cross the others
         axes.plot(
             [x if reaches else elbow, elbow, start],
             [y if reaches else level, y if reaches else level, level],
-            color=looks[key].colour,
+            color=colour,
             linewidth=0.9,
             alpha=0.8,
             transform=axes.transAxes,
             clip_on=False,
         )
-        label = method_of(part, key).label
         axes.text(1 + (_GAP - 4) / inner, level, label, transform=axes.transAxes, va="center_baseline", fontsize=LABEL)
+
+
+def _ends(part: Part, lines: dict[str, _Line], looks: dict[str, Look]) -> list[tuple[str, str, float, float]]:
+    return [
+        (method_of(part, key).label, looks[key].colour, float(line.x[-1]), float(line.mean[-1]))
+        for key, line in lines.items()
+    ]
 
 
 def spread(levels: Sequence[float], distance: float) -> list[float]:

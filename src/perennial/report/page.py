@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from perennial.report.looks import Look, looks
 from perennial.report.series import measure
 from perennial.report.svg import FONTS, Drawing
 from perennial.report.tables import QUANTITIES, Tables, method_of, tabulate
-from perennial.report.templates import template
+from perennial.report.templates import link, template, write_texts
 from perennial.report.words import cost, facts, quantity, readable
 from perennial.statistics import LEVEL, RESAMPLES
 
@@ -58,8 +57,8 @@ def write_report(directory: Path) -> Path:
     for chapter in _chapters(run):
         drawings = _drawings(chapter, look)
         frames = _frames(chapter)
-        _write(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings.values()})
-        _write(directory / "tables", frames)
+        write_texts(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings.values()})
+        write_texts(directory / "tables", frames)
         shown.append(_context(run, chapter, drawings, frames, look))
     page = template("template.html.j2").render(
         run=run,
@@ -68,9 +67,9 @@ def write_report(directory: Path) -> Path:
         fonts=Markup(FONTS),
         level=f"{100 * LEVEL:g}%",
         resamples=RESAMPLES,
-        study_link=_link(run.study_text, "text/yaml"),
+        study_link=link(run.study_text, "text/yaml"),
     )
-    _write(directory, {"report.html": page + "\n"})
+    write_texts(directory, {"report.html": page + "\n"})
     return directory / "report.html"
 
 
@@ -205,7 +204,7 @@ def _context(
         "intervals": bool((tables.summary.get_column("lanes") > 1).any()),
         "relative": any(row["relative_cost"] is not None for row in rows),
         "timed": any(row["seconds_per_step"] is not None for row in rows),
-        "links": [{"name": name, "href": _link(text, "text/csv")} for name, text in frames.items()],
+        "links": [{"name": name, "href": link(text, "text/csv")} for name, text in frames.items()],
     }
 
 
@@ -263,13 +262,3 @@ def _notes(run: Run, chapter: _Chapter) -> list[str]:
     if chapter.tables.choices:
         notes.append(f"Swept, but not a number, and so in the table only: {', '.join(chapter.tables.choices)}.")
     return notes
-
-
-def _link(text: str, kind: str) -> str:
-    return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
-
-
-def _write(folder: Path, texts: dict[str, str]) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())

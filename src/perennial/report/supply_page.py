@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from perennial.report.supply_figures import FIGURES, draw_supply, shown_steps
 from perennial.report.supply_tables import CORRELATED, DRAWN, ONLINE, QUANTITIES, SupplyTables, tabulate_supply
 from perennial.report.supply_words import amount, coefficient, direction, findings
 from perennial.report.svg import FONTS, Drawing
-from perennial.report.templates import template
+from perennial.report.templates import link, template, write_texts
 from perennial.report.words import examples, thing
 from perennial.runs.supply import FRESH
 from perennial.statistics import LEVEL, RESAMPLES
@@ -84,14 +83,14 @@ def write_supply_report(study: SupplyStudy, directory: Path, *, command: str = "
         resamples=RESAMPLES,
         seeds=len(seeds_of(study.life, "life")),
         pairs=len(CORRELATED) * (len(CORRELATED) - 1) // 2,
-        links=[{"name": name, "href": _link(text, "text/csv")} for name, text in frames.items()],
+        links=[{"name": name, "href": link(text, "text/csv")} for name, text in frames.items()],
         command=command,
         study_text=study_text,
-        study_link=_link(study_text, "text/yaml") if study_text else "",
+        study_link=link(study_text, "text/yaml") if study_text else "",
     )
-    _write(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings.values()})
-    _write(directory / "tables", frames)
-    _write(directory, {"report.html": page + "\n"})
+    write_texts(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings.values()})
+    write_texts(directory / "tables", frames)
+    write_texts(directory, {"report.html": page + "\n"})
     return directory / "report.html"
 
 
@@ -262,13 +261,3 @@ def _notes(study: SupplyStudy, tables: SupplyTables) -> list[str]:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
-
-
-def _link(text: str, kind: str) -> str:
-    return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
-
-
-def _write(folder: Path, texts: dict[str, str]) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from perennial.report.figures import LABEL, NARROW, WIDE, spread
+from perennial.report.figures import LABEL, NARROW, WIDE, canvas, heading, label_ends
 from perennial.report.looks import KNOWN, OTHERS, Dash, Look
 from perennial.report.svg import Drawing, drawing_style, render
 from perennial.report.tickets_tables import ALL, TICKET, TicketTables, kind_label, shown_levels
@@ -22,7 +20,6 @@ from perennial.report.words import examples
 from perennial.statistics import Floats
 from perennial.tickets.control import CONTROLS
 
-_LEFT, _TOP, _BOTTOM, _GAP = 58.0, 34.0, 46.0, 26.0
 _RANGES = "mean over replicates, bars from the lowest to the highest"
 _HEADINGS = {
     "early_stop": "Iteration of the early stop (lower is faster)",
@@ -110,7 +107,9 @@ def _by_level(levels: pl.DataFrame, quantity: str, replicates: int) -> Drawing |
             lines.append(_Line(kind, kind_label(kind), look, x, mean, low, high, hollow))
     whole = known.filter((pl.col("kind") == TICKET) & (pl.col("level") == 0))
     with drawing_style(name):
-        figure, axes, plot_share = _canvas([*(line.label for line in lines), "Whole network"], WIDE)
+        names = [*(line.label for line in lines), "Whole network"]
+        drawn = canvas(names, len(names), WIDE)
+        figure, axes = drawn.figure, drawn.axes
         if whole.height:
             axes.axhline(whole[f"{quantity}_mean"][0], color=KNOWN["linear"].colour, linewidth=0.9, zorder=1.5)
         for line in lines:
@@ -120,19 +119,19 @@ def _by_level(levels: pl.DataFrame, quantity: str, replicates: int) -> Drawing |
         _vertical(axes, share, [line.mean for line in lines])
         if not share:
             axes.set_ylim(bottom=0)
-        _heading(figure, _HEADINGS[quantity])
+        heading(figure, _HEADINGS[quantity])
         ends = [(line.label, line.look.colour, line.x[-1], line.mean[-1]) for line in lines]
         if whole.height:
             ends.append(("Whole network", KNOWN["linear"].colour, axes.get_xlim()[1], whole[f"{quantity}_mean"][0]))
-        _label_ends(figure, axes, ends)
-        heading = _HEADINGS[quantity].partition(" (")[0]
+        label_ends(figure, axes, ends)
+        head = _HEADINGS[quantity].partition(" (")[0]
         spoken = "; ".join(
             f"{line.label} from {_spoken(line.mean[0], share)} at {percent_text(line.x[0])}% to "
             f"{_spoken(line.mean[-1], share)} at {percent_text(line.x[-1])}%"
             for line in lines
         )
-        description = f"{heading} against the percentage of weights remaining, {_RANGES}. {spoken}."
-        return render(figure, name, heading, description, plot_share)
+        description = f"{head} against the percentage of weights remaining, {_RANGES}. {spoken}."
+        return render(figure, name, head, description, drawn.plot_share)
 
 
 _SPREAD = ("mean", "low", "high")
@@ -155,9 +154,11 @@ def _curves(tables: TicketTables, kind: str) -> Drawing | None:
     if not any(line.key != "0" for line in lines):
         return None
     name = "tickets-learning-curves" if kind == TICKET else "tickets-reinit-learning-curves"
-    heading = f"Validation accuracy: {'tickets' if kind == TICKET else 'random reinit'}"
+    head = f"Validation accuracy: {'tickets' if kind == TICKET else 'random reinit'}"
     with drawing_style(name):
-        figure, axes, plot_share = _canvas([line.label for line in lines], NARROW)
+        names = [line.label for line in lines]
+        drawn = canvas(names, len(names), NARROW)
+        figure, axes = drawn.figure, drawn.axes
         for at, line in enumerate(lines):
             step = max(1, len(line.x) // 6)
             marked = slice(at * step // len(lines), None, step)
@@ -173,14 +174,14 @@ def _curves(tables: TicketTables, kind: str) -> Drawing | None:
         bottom, top = float(np.quantile(_floats(frame, "mean"), 0.08)), float(_floats(frame, "high").max())
         margin = 0.06 * (top - bottom) or 0.01
         axes.set_ylim(bottom - margin, top + margin)
-        _heading(figure, heading)
-        _label_ends(figure, axes, [(line.label, line.look.colour, line.x[-1], line.mean[-1]) for line in lines])
+        heading(figure, head)
+        label_ends(figure, axes, [(line.label, line.look.colour, line.x[-1], line.mean[-1]) for line in lines])
         ends = "; ".join(f"{line.label} of the weights {_spoken(line.mean[-1], True)}" for line in lines)
         description = (
             f"Accuracy on the validation set against iterations, a line a percentage of weights remaining, mean over "
             f"replicates with bars from the lowest to the highest. At iteration {lines[0].x[-1]:,.0f}: {ends}."
         )
-        return render(figure, name, heading, description, plot_share)
+        return render(figure, name, head, description, drawn.plot_share)
 
 
 def _overlap(overlap: pl.DataFrame, quantity: str) -> Drawing | None:
@@ -202,9 +203,11 @@ def _overlap(overlap: pl.DataFrame, quantity: str) -> Drawing | None:
     if not lines:
         return None
     name = "tickets-mask-overlap" if index else "tickets-mask-excess"
-    heading = "Jaccard index of masks (dashed: by chance)" if index else "Overlap beyond chance (0: chance, 1: equal)"
+    head = "Jaccard index of masks (dashed: by chance)" if index else "Overlap beyond chance (0: chance, 1: equal)"
     with drawing_style(name):
-        figure, axes, plot_share = _canvas([line.label for line in lines], NARROW)
+        names = [line.label for line in lines]
+        drawn = canvas(names, len(names), NARROW)
+        figure, axes = drawn.figure, drawn.axes
         for line, floor in zip(lines, floors, strict=True):
             _draw(axes, line, width=1.4)
             if index:
@@ -217,8 +220,8 @@ def _overlap(overlap: pl.DataFrame, quantity: str) -> Drawing | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         if index:
             axes.set_ylim(0, 1)
-        _heading(figure, heading)
-        _label_ends(figure, axes, [(line.label, line.look.colour, line.x[-1], line.mean[-1]) for line in lines])
+        heading(figure, head)
+        label_ends(figure, axes, [(line.label, line.look.colour, line.x[-1], line.mean[-1]) for line in lines])
         last = percent_text(min(line.x[-1] for line in lines))
         ends = "; ".join(
             f"{line.label} {line.mean[-1]:.3f}" + (f" against {floor[-1]:.3f} by chance" if index else "")
@@ -227,7 +230,7 @@ def _overlap(overlap: pl.DataFrame, quantity: str) -> Drawing | None:
         what = "Jaccard index" if index else "Jaccard index less that of chance, by one less that of chance,"
         description = f"{what} of two replicates' masks by layer, mean over pairs. At {last}% of the weights: {ends}."
         title = "Mask overlap between replicates" if index else "Mask overlap between replicates beyond chance"
-        return render(figure, name, title, description, plot_share)
+        return render(figure, name, title, description, drawn.plot_share)
 
 
 def layer_label(layer: str) -> str:
@@ -238,18 +241,6 @@ def layer_label(layer: str) -> str:
 def _floats(frame: pl.DataFrame, column: str) -> Floats:
     values: Floats = frame.get_column(column).cast(pl.Float64).to_numpy()
     return values
-
-
-def _canvas(labels: Sequence[str], size: tuple[int, int]) -> tuple[Figure, Axes, float]:
-    """A figure, its axes, and the share of the width that a narrow screen shows."""
-    width, least = size
-    right = min(max(TextPath((0, 0), text, size=LABEL).vertices[:, 0].max() for text in labels) + _GAP + 8, 0.4 * width)
-    height = max(float(least), _TOP + _BOTTOM + len(labels) * LABEL * 1.4)
-    figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
-    inner = (width - _LEFT - right) / width, (height - _TOP - _BOTTOM) / height
-    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, *inner))
-    axes.tick_params(labelsize=LABEL)
-    return figure, axes, round((width - right + 20) / width, 4)
 
 
 def _draw(axes: Axes, line: _Line, *, every: tuple[int, int] = (0, 1), width: float = 1.8) -> None:
@@ -291,35 +282,6 @@ def _vertical(axes: Axes, share: bool, means: Sequence[Floats]) -> None:
     if every.min() == every.max():
         margin = abs(every.max()) * 0.5 or 1.0
         axes.set_ylim(every.min() - margin, every.max() + margin)
-
-
-def _heading(figure: Figure, text: str) -> None:
-    width, height = figure.get_size_inches() * 72
-    figure.text(10 / width, 1 - 20 / height, text, fontsize=LABEL, color="#2b2b2b", fontweight="bold")
-
-
-def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """Names (label, colour, x, y) at the right end of the lines, moved apart where they would cover each other."""
-    axes.autoscale_view()  # else the limits, and with them the ends, move when the figure is drawn
-    box = axes.get_window_extent()
-    inner, tall = (length / figure.dpi * 72 for length in (box.width, box.height))
-    points = axes.transAxes.inverted().transform(axes.transData.transform([end[2:] for end in ends]))
-    order = sorted(range(len(ends)), key=lambda at: float(points[at][1]))
-    levels = spread([min(1.0, max(0.0, float(points[at][1]))) for at in order], LABEL * 1.35 / tall)
-    elbow, start = 1 + 5 / inner, 1 + (_GAP - 8) / inner
-    for at, level in zip(order, levels, strict=True):
-        (label, colour, *_), (x, y) = ends[at], points[at]
-        reaches = x > 0.94  # from a line that ends early, a leader would cross the others
-        axes.plot(
-            [x if reaches else elbow, elbow, start],
-            [y if reaches else level, y if reaches else level, level],
-            color=colour,
-            linewidth=0.9,
-            alpha=0.8,
-            transform=axes.transAxes,
-            clip_on=False,
-        )
-        axes.text(1 + (_GAP - 4) / inner, level, label, transform=axes.transAxes, va="center_baseline", fontsize=LABEL)
 
 
 def _spoken(value: float, share: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import polars as pl
 from markupsafe import Markup
 
 from perennial.report.svg import FONTS, Drawing
-from perennial.report.templates import template
+from perennial.report.templates import link, template, write_texts
 from perennial.report.tickets_figures import (
     FIGURES,
     draw_tickets,
@@ -101,14 +100,14 @@ def write_ticket_report(
         layer_key=_layer_key(tables),
         together=tables.validation.select(pl.col("evaluations").max()).item() or 1,
         minus=MINUS,
-        links=[{"name": name, "href": _link(text, "text/csv")} for name, text in frames.items()],
+        links=[{"name": name, "href": link(text, "text/csv")} for name, text in frames.items()],
         command=command,
         study_text=study_text,
-        study_link=_link(study_text, "text/yaml") if study_text else "",
+        study_link=link(study_text, "text/yaml") if study_text else "",
     )
-    _write(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings.values()})
-    _write(directory / "tables", frames)
-    _write(directory, {"report.html": page + "\n"})
+    write_texts(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings.values()})
+    write_texts(directory / "tables", frames)
+    write_texts(directory, {"report.html": page + "\n"})
     return directory / "report.html"
 
 
@@ -323,13 +322,3 @@ def _signed(text: str) -> str:
 
 def _decimal(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else f"{value:.3f}"
-
-
-def _link(text: str, kind: str) -> str:
-    return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
-
-
-def _write(folder: Path, texts: dict[str, str]) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())

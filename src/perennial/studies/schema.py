@@ -74,8 +74,8 @@ class Part(_Strict):
     """What is compared."""
 
 
-class Study(_Strict):
-    """A study with everything spelled out."""
+class _Described(_Strict):
+    """What every study says of itself."""
 
     name: str
     """What it was asked for as."""
@@ -85,36 +85,25 @@ class Study(_Strict):
     """What it shows."""
     source: str = ""
     """The paper whose experiment it is."""
+
+
+class Study(_Described):
+    """A study with everything spelled out."""
+
     parts: dict[str, Part] = Field(min_length=1)
     """The experiments, by a short name."""
 
 
-class TicketStudy(_Strict):
+class TicketStudy(_Described):
     """A search for winning tickets and its controls, with everything spelled out."""
 
-    name: str
-    """What it was asked for as."""
-    title: str = ""
-    """Heading of the report."""
-    description: str = ""
-    """What it shows."""
-    source: str = ""
-    """The paper whose experiment it is."""
     tickets: Experiment
     """The search, and what it is compared with."""
 
 
-class SupplyStudy(_Strict):
+class SupplyStudy(_Described):
     """Networks that live through a stream, and the winning tickets that are found in them on the way."""
 
-    name: str
-    """What it was asked for as."""
-    title: str = ""
-    """Heading of the report."""
-    description: str = ""
-    """What it shows."""
-    source: str = ""
-    """What it goes back to."""
     life: Part
     """The stream, the network, the methods and the seeds."""
     supply: Supply

@@ -12,25 +12,27 @@ from perennial.noise import torch_seed
 from perennial.storage import read_json, write_json
 from perennial.tickets.find import Stage, Ticket, Train, Weights, made_apart, weights_of
 from perennial.tickets.masks import Masks, enforce
+from perennial.trainability.lanes import generator
 
-Start = tuple[Weights, Masks]
+Start = tuple[Weights, Masks, int]
+"""Weights to start from, masks, and the step that these weights are of."""
 Control = Callable[[Ticket, Callable[[], nn.Module], int], Start]
 
 
 def random_reinit(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
     """The ticket's mask on weights drawn anew. Frankle and Carbin (2019): tells the mask from the start."""
-    return _fresh(make_model, seed), ticket.masks
+    return _fresh(make_model, seed), ticket.masks, 0
 
 
 def random_mask(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
     """As many weights of each layer at random places, drawn anew ("random sparsity" in the paper)."""
-    return _fresh(make_model, seed), _shuffled(ticket.masks, seed)
+    return _fresh(make_model, seed), _shuffled(ticket.masks, seed), 0
 
 
 def shuffled_mask(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
     """As many weights of each layer at random places, at the ticket's start. Frankle et al. (ICLR 2021), Su et al.
     (NeurIPS 2020): what prunes before training does no worse by it."""
-    return ticket.start, _shuffled(ticket.masks, seed)
+    return ticket.start, _shuffled(ticket.masks, seed), ticket.step
 
 
 def inverted(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
@@ -44,19 +46,19 @@ def inverted(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> 
         kept = torch.zeros(mask.numel(), dtype=torch.bool)
         kept[trained[name].abs().flatten().argsort()[: int(mask.sum())]] = True
         masks[name] = kept.view(mask.shape)
-    return ticket.start, masks
+    return ticket.start, masks, ticket.step
 
 
 def shuffled_start(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
     """The ticket's mask, its survivors' start values dealt out anew within each layer (Zhou et al., NeurIPS 2019)."""
-    return _on_survivors(ticket, lambda kept, _: kept[torch.randperm(len(kept), generator=_rng(seed, "deal"))])
+    return _on_survivors(ticket, lambda kept, _: kept[torch.randperm(len(kept), generator=generator(seed, "deal"))])
 
 
 def shuffled_start_same_sign(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
     """The same, each with the sign that it had (Zhou et al., 2019)."""
 
     def dealt(kept: Tensor, _: Tensor) -> Tensor:
-        return kept[torch.randperm(len(kept), generator=_rng(seed, "deal"))].abs() * kept.sign()
+        return kept[torch.randperm(len(kept), generator=generator(seed, "deal"))].abs() * kept.sign()
 
     return _on_survivors(ticket, dealt)
 
@@ -65,7 +67,7 @@ def random_reinit_same_sign(ticket: Ticket, make_model: Callable[[], nn.Module],
     """The ticket's mask on weights drawn anew, each with the sign that its survivor had (Zhou et al., 2019)."""
     fresh = _fresh(make_model, seed)
     signed = {n: fresh[n].abs() * ticket.start[n].sign() for n in ticket.masks}
-    return {**fresh, **signed}, ticket.masks
+    return {**fresh, **signed}, ticket.masks, 0
 
 
 def signed_constant(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
@@ -117,11 +119,11 @@ def run_control(
         raise ValueError(f"there is no control {name!r}; there are {', '.join(CONTROLS)}")
     if directory is not None and (found := read_json(directory / "results.json")) is not None:
         return dict(found)
-    start, masks = CONTROLS[name](ticket, make_model, seed)
+    start, masks, step = CONTROLS[name](ticket, make_model, seed)
     model = made_apart(make_model, seed, "init")
     model.load_state_dict(start)
     with enforce(model, masks) as held:
-        results = dict(train(Stage(model, masks, ticket.levels[-1].level, 0, None, order, False, directory)) or {})
+        results = dict(train(Stage(model, masks, ticket.levels[-1].level, step, None, order, False, directory)) or {})
         held.check()
     if directory is not None:
         write_json(directory / "results.json", results)
@@ -165,16 +167,12 @@ def controls(
     return rows
 
 
-def _rng(seed: int, purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(torch_seed(seed, purpose))
-
-
 def _fresh(make_model: Callable[[], nn.Module], seed: int) -> Weights:
     return weights_of(made_apart(make_model, seed, "fresh"))
 
 
 def _shuffled(masks: Mapping[str, Tensor], seed: int) -> Masks:
-    rng = _rng(seed, "places")
+    rng = generator(seed, "places")
     return {n: m.flatten()[torch.randperm(m.numel(), generator=rng)].view(m.shape) for n, m in masks.items()}
 
 
@@ -184,4 +182,4 @@ def _on_survivors(ticket: Ticket, change: Callable[[Tensor, Tensor], Tensor]) ->
         layer = ticket.start[name]
         start[name] = layer.clone()
         start[name][mask] = change(layer[mask], layer)
-    return start, ticket.masks
+    return start, ticket.masks, ticket.step

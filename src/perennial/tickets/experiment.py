@@ -39,7 +39,8 @@ class Experiment:
     rewind: int = 0
     """The iteration to whose weights survivors are reset."""
     after: str = "reset"
-    """What becomes of survivors, see :func:`~perennial.tickets.find_ticket`; all but ``fine_tune``."""
+    """What becomes of survivors, see :func:`~perennial.tickets.find_ticket`: ``reset`` or
+    ``rewind_learning_rate``."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Replicates: start, order of data, validation set."""
     controls: tuple[str, ...] = ("random_reinit", "random_mask")
@@ -52,8 +53,8 @@ class Experiment:
             raise ValueError(f"there is no network {self.network!r}; there are {', '.join(NETWORKS)}")
         if self.data not in DATA:
             raise ValueError(f"there are no data {self.data!r}; there are {', '.join(DATA)}")
-        if self.after not in ("reset", "continue", "rewind_learning_rate"):
-            raise ValueError(f"after is {self.after!r}; it is reset, continue or rewind_learning_rate")
+        if self.after not in ("reset", "rewind_learning_rate"):
+            raise ValueError(f"after is {self.after!r}; in a study it is reset or rewind_learning_rate")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {self.seeds}; they are different whole numbers from 0, at least one")
         for kind in self.controls:
@@ -133,7 +134,8 @@ def run_job(
     except _Ready as ready:
         before: Ticket = search(masks_only, rounds=job.level - 1)
         here = Level(job.level, ready.stage.masks, {}, {})
-        ticket = Ticket(here.masks, before.start, (*before.levels, here))
+        ticket = Ticket(here.masks, before.start, (*before.levels, here), before.step)
+    # A control's place in the table is part of its seed: new ones go to the table's end, or results are others.
     drawn = 1 + job.seed * 1_000 + job.level * 10 + list(CONTROLS).index(job.kind)
     run_control(job.kind, ticket, experiment.make_model, train, seed=drawn, order=job.seed,
                 directory=job.folder(directory))  # fmt: skip

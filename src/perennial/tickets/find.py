@@ -116,6 +116,8 @@ class Ticket:
     """Parameters and buffers to start from, of the whole network."""
     levels: tuple[Level, ...]
     """Every round of the search, the whole network first; the last one trained this ticket."""
+    step: int = 0
+    """The step of training that ``start`` is of: where late rewinding goes back to."""
 
     def at(self, level: int) -> Ticket:
         """The ticket of an earlier round."""
@@ -177,8 +179,7 @@ def find_ticket(
         fine_tune_from: see above.
         one_shot: prune once, by as much as all rounds would.
         data: what the score looks at besides weights, as fields of :class:`~perennial.tickets.Evidence`:
-            ``batches``, ``loss``,
-            ``example``.
+            ``batches``, ``loss``, ``example``.
         seed: of the start, and of ties.
         directory: where finished rounds are kept: the same call goes on after the last of them, and a call with more
             rounds adds those.
@@ -256,7 +257,7 @@ def find_ticket(
             advance()
         if after == "continue" and total:
             levels.append(run(levels[-1].level, masks, drawn, 0, None, f"reset-{total:02d}"))
-    return Ticket(masks, rewound, tuple(levels))
+    return Ticket(masks, rewound, tuple(levels), rewind)
 
 
 def _score(
@@ -281,6 +282,7 @@ def made_apart(make_model: Callable[[], nn.Module], seed: int, purpose: str) -> 
 
 
 def weights_of(model: nn.Module) -> Weights:
+    """A copy of parameters and buffers, on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from perennial.noise import torch_seed
 from perennial.tickets.masks import Masks, prunable
+from perennial.trainability.lanes import generator
 
 SCOPES = ("layer", "global")
 
@@ -95,7 +95,7 @@ def select(
     pools: dict[object, list[str]] = {}
     for name in masks:
         pools.setdefault(by_name[name] if scope == "global" else name, []).append(name)
-    lot = torch.Generator().manual_seed(torch_seed(seed, "ties"))
+    lot = generator(seed, "ties")
     found = {name: mask.clone() for name, mask in masks.items()}
     for names in pools.values():
         kept = [masks[name].flatten().nonzero()[:, 0].cpu() for name in names]

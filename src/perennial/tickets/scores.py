@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from perennial.noise import torch_seed
 from perennial.scores import first_order
 from perennial.tickets.masks import Masks, check_masks, whole
 from perennial.tickets.prune import SCOPES, select
-from perennial.trainability.lanes import Loss, copied, device_of, left_alone, seed_globally
+from perennial.trainability.lanes import Loss, copied, device_of, generator, left_alone, seed_globally
 
 TEMPERATURE = 200.0
 """What :func:`grasp` divides outputs by, T."""
@@ -168,8 +167,8 @@ def random(evidence: Evidence) -> dict[str, Tensor]:
     """Keep any: uniform on [0, 1), a function of seed, name and place. The control of every other score."""
     found = {}
     for name, mask in evidence.masks.items():
-        generator = torch.Generator().manual_seed(torch_seed(evidence.seed, f"random score {name}"))
-        found[name] = torch.rand(mask.shape, generator=generator, dtype=torch.float64).to(mask.device)
+        rng = generator(evidence.seed, f"random score {name}")
+        found[name] = torch.rand(mask.shape, generator=rng, dtype=torch.float64).to(mask.device)
     return found
 
 

@@ -223,10 +223,11 @@ class SparseMLPs:
 
 
 def _dense_first(mask: Tensor, density: float) -> bool:
-    """Whether the first layer is cheaper by a dense copy. Measured on 784-300 (AVX2), cycles forth and back: dense,
-    five
-    for a number of the input that is not zero and eight units, and seven for a kept weight's update; sparse, twenty-two
-    for a kept weight."""
+    """Whether the first layer is cheaper by a dense copy.
+
+    Estimated for 784-300 (AVX2), in cycles forth and back: dense, five for a number of the input that is not zero and
+    eight units, and seven for a kept weight's update; sparse, twenty-two for a kept weight.
+    """
     kept = int(mask.sum())
     return density * mask.numel() * 64 / 8 * 5 + 7 * kept < 22 * kept
 

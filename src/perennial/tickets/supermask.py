@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from perennial.noise import Noise, elements, seed_key, torch_seed
+from perennial.noise import Noise, elements, seed_key
 from perennial.tickets.masks import Masks, prunable
-from perennial.trainability.lanes import copied, left_alone
+from perennial.trainability.lanes import copied, generator, left_alone
 
 KINDS = ("bernoulli", "top_k")
 
@@ -160,8 +160,8 @@ class Supermask(nn.Module):
             return torch.full_like(weight, math.log(self.share / (1 - self.share)))
         # As torch draws the weights of a layer, which is how the paper's code draws scores.
         bound = 1 / math.sqrt(weight[0].numel())
-        generator = torch.Generator().manual_seed(torch_seed(seed, f"supermask {name}"))
-        drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+        rng = generator(seed, f"supermask {name}")
+        drawn = torch.rand(weight.shape, generator=rng, dtype=torch.float64)
         return (2 * drawn - 1).mul(bound).to(weight)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perennial.methods import SGD, Adam
-from perennial.noise import torch_seed
 from perennial.storage import read_tensors, write_tensors
 from perennial.tickets.find import Stage
 from perennial.tickets.masks import Masks
 from perennial.tickets.sparse_mlp import Examples, SparseMLPs, mlp_layers
+from perennial.trainability.lanes import generator
 
 OPTIMIZERS = ("adam", "sgd")
 _TOGETHER = 500  # images of one evaluation pass
@@ -99,7 +99,7 @@ class Data:
         """The training and the validation set of a seed."""
         if held_out >= len(self.inputs):
             raise ValueError(f"validation is {held_out}, but there are {len(self.inputs)} training examples")
-        order = torch.randperm(len(self.inputs), generator=_rng(seed, "validation"))
+        order = torch.randperm(len(self.inputs), generator=generator(seed, "validation"))
         kept, apart = order[held_out:], order[:held_out]
         return Split(
             (self.inputs[kept], self.classes[kept]), (self.inputs[apart], self.classes[apart]), self.test, seed
@@ -140,7 +140,7 @@ class Order:
     def _epoch(self, epoch: int) -> Tensor:
         if epoch not in self._drawn:
             self._drawn = {n: order for n, order in self._drawn.items() if n == epoch - 1}
-            self._drawn[epoch] = torch.randperm(self.count, generator=_rng(self.seed, f"order {epoch}"))
+            self._drawn[epoch] = torch.randperm(self.count, generator=generator(self.seed, f"order {epoch}"))
         return self._drawn[epoch]
 
 
@@ -198,7 +198,7 @@ class _Dense:
         self.optimizer.param_groups[0]["lr"] = self.training.lr_at(step)
         x, y = (t[picks.to(t.device)] for t in self.parts["training"])
         if self.training.augment:
-            x = flip_and_crop(x, _rng(self.split.seed, f"augment {step}"))
+            x = flip_and_crop(x, generator(self.split.seed, f"augment {step}"))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.model(x), y)
@@ -267,19 +267,19 @@ def fit(
     order = Order(stage.seed, len(split.training[0]), training.batch_size)
     every, losses, accuracies = training.evaluate_every, list[float](), list[float]()
     best = {"loss": float("inf"), "step": -1.0, "accuracy": float("nan")}
-    step, total = stage.start, 0.0
+    step, total, recent = stage.start, 0.0, float("nan")
     path = None if stage.folder is None else Path(stage.folder) / "checkpoint.pt"
     if path is not None and (saved := read_tensors(path)) is not None:
         engine.load(saved["engine"])
-        step, total, losses, accuracies, best = (saved[k] for k in ("step", "total", "losses", "accuracies", "best"))
+        names = ("step", "total", "recent", "losses", "accuracies", "best")
+        step, total, recent, losses, accuracies, best = (saved[name] for name in names)
     written = time.monotonic()
 
     def save() -> None:
         if path is not None:
-            held = {"engine": engine.state(), "step": step, "total": total, "losses": losses}
-            write_tensors(path, held | {"accuracies": accuracies, "best": best})
+            held = {"engine": engine.state(), "step": step, "total": total, "recent": recent}
+            write_tensors(path, held | {"losses": losses, "accuracies": accuracies, "best": best})
 
-    recent = float("nan")
     while step < end:
         total += engine.step(order.batch(step), step)
         step += 1
@@ -331,7 +331,3 @@ def _put(model: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, value in model.state_dict().items():
         if value.data_ptr() != weights[name].data_ptr():
             value.copy_(weights[name])
-
-
-def _rng(seed: int, purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(torch_seed(seed, purpose))
