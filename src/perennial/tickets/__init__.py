@@ -2,6 +2,18 @@
 
 from perennial.tickets.connectivity import ConnectivityResult, instability, linear_path
 from perennial.tickets.control import CONTROLS, controls, run_control
+from perennial.tickets.dominant import (
+    Changed,
+    ProximalL1,
+    SparseDelta,
+    bias_names,
+    l1_distance,
+    lora_rank_for,
+    magnitude_like,
+    random_dimensions_like,
+    random_like,
+    select_ticket,
+)
 from perennial.tickets.find import Level, Pruning, Stage, Ticket, find_ticket
 from perennial.tickets.masks import Enforced, Masks, check_masks, enforce, prunable, remaining, whole
 from perennial.tickets.networks import NETWORKS
@@ -16,6 +28,7 @@ __all__ = [
     "CONTROLS",
     "NETWORKS",
     "SCORES",
+    "Changed",
     "ConnectivityResult",
     "Data",
     "Enforced",
@@ -24,8 +37,10 @@ __all__ = [
     "Level",
     "Masks",
     "Overlap",
+    "ProximalL1",
     "Pruning",
     "Shared",
+    "SparseDelta",
     "SparseMLPs",
     "Sparsity",
     "Split",
@@ -33,6 +48,7 @@ __all__ = [
     "Supermask",
     "Ticket",
     "Training",
+    "bias_names",
     "check_masks",
     "controls",
     "enforce",
@@ -40,14 +56,20 @@ __all__ = [
     "fit",
     "instability",
     "jaccard",
+    "l1_distance",
     "linear_path",
+    "lora_rank_for",
+    "magnitude_like",
     "mlp_layers",
     "prunable",
     "prune_at_start",
+    "random_dimensions_like",
+    "random_like",
     "remaining",
     "remaining_weights",
     "run_control",
     "select",
+    "select_ticket",
     "shares",
     "sparsity",
     "whole",
