@@ -1,6 +1,7 @@
 """Continual fine-tuning of language models, on stock transformers and peft (the extra ``lm``)."""
 
-from perennial.lm.continual import Adapters, Recipe, TextStream, TextTraining, run_stream, stack_measures, train
+from typing import TYPE_CHECKING, Any
+
 from perennial.lm.data import (
     ORDERS,
     Example,
@@ -11,6 +12,8 @@ from perennial.lm.data import (
     read_glue,
     read_task,
 )
+from perennial.lm.dominant import CONTROLS, DominantTickets, Selection, overlaps, run_dominant
+from perennial.lm.factors import Factors, Pair, pairs_of
 from perennial.lm.measures import (
     Collision,
     Continual,
@@ -32,9 +35,14 @@ from perennial.lm.penalties import (
     Penalty,
     PenaltyMixin,
 )
-from perennial.lm.stack import AdapterStack, Factors, Pair, pairs_of
+from perennial.lm.stream import Adapters, Recipe, TextStream, TextTraining
+
+if TYPE_CHECKING:
+    from perennial.lm.learn import run_stream, stack_measures, train
+    from perennial.lm.stack import AdapterStack
 
 __all__ = [
+    "CONTROLS",
     "ORDERS",
     "PENALTIES",
     "AdapterStack",
@@ -43,6 +51,7 @@ __all__ = [
     "Causal",
     "Collision",
     "Continual",
+    "DominantTickets",
     "ElasticWeights",
     "Encoder",
     "Example",
@@ -57,6 +66,7 @@ __all__ = [
     "PenaltyMixin",
     "Reader",
     "Recipe",
+    "Selection",
     "Seq2Seq",
     "TextStream",
     "TextTask",
@@ -68,14 +78,29 @@ __all__ = [
     "from_dataset",
     "load_model",
     "normalised",
+    "overlaps",
     "pairs_of",
     "read_cl_benchmark",
     "read_glue",
     "read_task",
     "relative_threshold",
     "row_overlap",
+    "run_dominant",
     "run_stream",
     "stack_measures",
     "train",
     "update_cosine",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What stands on peft and transformers is imported when it is first asked for: studies are read without them."""
+    if name == "AdapterStack":
+        from perennial.lm.stack import AdapterStack
+
+        return AdapterStack
+    if name in ("run_stream", "stack_measures", "train"):
+        from perennial.lm import learn
+
+        return getattr(learn, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

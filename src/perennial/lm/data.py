@@ -195,7 +195,7 @@ def read_cl_benchmark(folder: Path) -> TextTask:
         rows = _json(folder / f"{part}.json")
         for at, row in enumerate(rows):
             if not isinstance(row, dict) or not {"sentence", "label"} <= row.keys():
-                raise ValueError(f"{folder / f'{part}.json'}, row {at}: a row has a sentence and a label; this is {row}")
+                raise ValueError(f"{folder / f'{part}.json'}, row {at}: a row has a sentence and a label, not {row}")
         parts[part] = [Example(str(row["sentence"]), str(row["label"])) for row in rows]
     return _task(name, group, tuple(labels), parts["train"], parts["test"])
 
@@ -220,7 +220,7 @@ def read_glue(folder: Path) -> TextTask:
     for part in ("train", "validation_matched" if name == "mnli" else "validation"):
         path = folder / f"{part}.parquet"
         if not path.exists():
-            raise FileNotFoundError(f"the texts of GLUE's {name} are needed, but there is no {path}; put the hub's there")
+            raise FileNotFoundError(f"GLUE's {name} is needed, but there is no {path}; put the hub's file there")
         try:
             frame = polars.read_parquet(path)
         except polars.exceptions.PolarsError as error:
@@ -228,7 +228,7 @@ def read_glue(folder: Path) -> TextTask:
         if missing := [c for c in (*columns, "label") if c not in frame.columns]:
             raise ValueError(f"{path} has the columns {', '.join(frame.columns)}; {', '.join(missing)} is missing")
         parts.append(from_rows(frame.iter_rows(named=True), columns, labels, str(path)))
-    return _task(f"glue/{name}", "", labels, *parts, score=score)
+    return _task(f"glue/{name}", "", labels, parts[0], parts[1], score)
 
 
 def from_dataset(
@@ -254,7 +254,7 @@ def from_dataset(
         ValueError: a row without a column, a label outside of the set.
     """
     found = [from_rows(rows, columns, labels, f"{name}, {part}") for rows, part in ((train, "train"), (test, "test"))]
-    return _task(name, "", tuple(labels), *found, score=score)
+    return _task(name, "", tuple(labels), found[0], found[1], score)
 
 
 def from_rows(

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from perennial.lm.stack import Factors
+from perennial.lm.factors import Factors
 from perennial.metrics.ranks import rank_of_shares
 
 Floats = NDArray[np.float64]
@@ -103,8 +103,8 @@ def relative_threshold(updates: Sequence[Mapping[str, Tensor]], share: float = 0
 
 
 def row_overlap(one: Factors, other: Factors, *, normalize: bool = False) -> float:
-    r"""How far two adapters' row spaces are from orthogonal, :math:`\sum_{ij} |A_1 A_2^\top|_{ij}`, O-LoRA's measure; the
-    mean absolute cosine of the rows with ``normalize``, which does not shrink with them."""
+    r"""How far two adapters' row spaces are from orthogonal, :math:`\sum_{ij} |A_1 A_2^\top|_{ij}`, O-LoRA's measure;
+    the mean absolute cosine of the rows with ``normalize``, which does not shrink with them."""
     a, b = one.down.detach().float(), other.down.detach().float()
     if normalize:
         a, b = (torch.nn.functional.normalize(t, dim=1) for t in (a, b))
@@ -113,12 +113,13 @@ def row_overlap(one: Factors, other: Factors, *, normalize: bool = False) -> flo
 
 
 def update_cosine(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
-    r"""The cosine of two updates as one long vector each, :math:`\langle \Delta W_1, \Delta W_2 \rangle / (\lVert \Delta
-    W_1 \rVert \lVert \Delta W_2 \rVert)`, from products of rank by rank; NaN where one is 0."""
+    r"""The cosine of two updates as one long vector each, :math:`\langle \Delta W_1, \Delta W_2 \rangle /
+    (\lVert \Delta W_1 \rVert \lVert \Delta W_2 \rVert)`, from products of rank by rank; NaN where one is 0."""
     _same({k: f.down[0] for k, f in one.items()}, {k: f.down[0] for k, f in other.items()})
 
     def inner(a: Factors, b: Factors) -> float:
-        up, down = b.up.detach().double().T @ a.up.detach().double(), b.down.detach().double() @ a.down.detach().double().T
+        up = b.up.detach().double().T @ a.up.detach().double()
+        down = b.down.detach().double() @ a.down.detach().double().T
         return float(a.scaling * b.scaling * (up * down).sum())
 
     cross, first, second = (
@@ -132,12 +133,14 @@ def singular_values(factors: Factors) -> Tensor:
     """Of an update, in descending order, float64, [rank]: from the factors' QR decompositions."""
     r_b = torch.linalg.qr(factors.up.detach().double()).R
     r_a = torch.linalg.qr(factors.down.detach().double().T).R
-    return torch.linalg.svdvals(factors.scaling * r_b @ r_a.T)
+    found: Tensor = torch.linalg.svdvals(factors.scaling * r_b @ r_a.T)
+    return found
 
 
 def adapter_measures(adapter: Mapping[str, Factors], threshold: float) -> dict[str, float]:
-    """Measures of one adapter, means over its matrices: ``nuclear_norm``, ``frobenius_norm``, ``effective_rank`` (entropy
-    of the singular values), ``sparsity`` (share of entries up to the threshold), ``zeros`` (share of exact zeros)."""
+    """Measures of one adapter, means over its matrices: ``nuclear_norm``, ``frobenius_norm``, ``effective_rank``
+    (entropy of the singular values), ``sparsity`` (share of entries up to the threshold), ``zeros`` (share of exact
+    zeros)."""
     values = [singular_values(f) for f in adapter.values()]
     updates = [f.update for f in adapter.values()]
     count = sum(u.numel() for u in updates)

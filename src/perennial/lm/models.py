@@ -84,8 +84,9 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if family == "encoder":
-                reader: Reader = Encoder(tokenizer, max_length, tasks, head)
-                model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=len(reader.columns))
+                encoder = Encoder(tokenizer, max_length, tasks, head)
+                reader: Reader = encoder
+                model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=len(encoder.columns))
             elif family == "seq2seq":
                 reader, model = Seq2Seq(tokenizer, max_length), AutoModelForSeq2SeqLM.from_pretrained(place)
             else:
@@ -131,9 +132,7 @@ class Reader(ABC):
         return None
 
     @torch.no_grad()
-    def answers(
-        self, model: nn.Module, task: TextTask, examples: Sequence[Example], batch_size: int = 64
-    ) -> list[str]:
+    def answers(self, model: nn.Module, task: TextTask, examples: Sequence[Example], batch_size: int = 64) -> list[str]:
         """What a model answers, one for each example. Mode and random state are left as they were."""
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].sentence))  # less padding
         found = [""] * len(examples)

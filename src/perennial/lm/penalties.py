@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from perennial.lm.stack import Pair, pairs_of
+from perennial.lm.factors import Pair, pairs_of
 
 _ROWS = 256
 """Rows of an update that are made at a time: what lies between stays in a processor's cache."""
@@ -37,7 +37,7 @@ class _Known(torch.autograd.Function):
 def _with_gradients(value: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
         return value
-    found: Tensor = _Known.apply(value, len(params), *params, *grads)
+    found: Tensor = _Known.apply(value, len(params), *params, *grads)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -77,8 +77,8 @@ class NLoRA(Penalty):
     by block as the value is: no matrix of the update's size is held, in memory or in a graph.
 
     The subgradient of an adaptive optimizer gives no exact zeros. ``form="factors"`` penalises
-    :math:`\lVert A \rVert_1 + \lVert B \rVert_1` instead, whose proximal step does: do not add it to the loss, but attach
-    :meth:`proximal` to the optimizer. ``form="published"`` is what the published code computes: the sum over the
+    :math:`\lVert A \rVert_1 + \lVert B \rVert_1` instead, whose proximal step does: do not add it to the loss, but
+    attach :meth:`proximal` to the optimizer. ``form="published"`` is what the published code computes: the sum over the
     :math:`r \times r` product :math:`A B`, which exists only where a matrix is square.
     """
 
@@ -114,9 +114,7 @@ class NLoRA(Penalty):
                 torch.mm(sign, a.T, out=grad_b[start : start + _ROWS])
                 grad_a.addmm_(rows.T, sign)
             size = abs(scaling)
-        return _with_gradients(
-            size * value, (down, up), ((size * grad_a).to(down.dtype), (size * grad_b).to(up.dtype))
-        )
+        return _with_gradients(size * value, (down, up), ((size * grad_a).to(down.dtype), (size * grad_b).to(up.dtype)))
 
     def proximal(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
         """Take the proximal step of the factor form after each step of an optimizer, exact zeros included; the handle
@@ -125,7 +123,7 @@ class NLoRA(Penalty):
 
         if self.form != "factors":
             raise ValueError(f"form is {self.form!r}; only the factor form has a proximal step that can be computed")
-        params = {}
+        params: dict[str, Tensor] = {}
         for pair in pairs_of(model):
             params |= {f"{pair.module}.A": pair.new.down, f"{pair.module}.B": pair.new.up}
         return ProximalL1(optimizer, params, self.strength, start=0.0)
@@ -134,7 +132,7 @@ class NLoRA(Penalty):
 @dataclass(frozen=True)
 class OLoRA(Penalty):
     r"""Orthogonality to earlier adapters (O-LoRA, Findings of EMNLP 2023):
-    :math:`\lambda \sum \sum_{ij} \lvert A\,A_{old}^\top \rvert_{ij} + \lambda_2 (\lVert A \rVert_2 + \lVert B \rVert_2)`.
+    :math:`\lambda \sum \sum_{ij} \lvert A\,A_{old}^\top \rvert_{ij} + \lambda_2 (\lVert A \rVert + \lVert B \rVert)`.
 
     As published and as the authors' code has it: A is the down-projection, whose rows span the update's row space,
     entries are not squared, and the second term is the norm itself. It can be satisfied by shrinking A. With
@@ -233,7 +231,7 @@ class ElasticWeights:
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in held.items()}
         for loss in losses:
             grads = torch.autograd.grad(loss(), list(held.values()), allow_unused=True)
-            for (name, into), grad in zip(total.items(), grads, strict=True):
+            for into, grad in zip(total.values(), grads, strict=True):
                 if grad is not None:
                     into += grad.float().square() / len(losses)
         for name, p in held.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-import weakref
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import safetensors
@@ -19,38 +19,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from perennial.lm.factors import STACKS, Factors, Pair, factors_of
 from perennial.lm.models import ModelError, trained_modules
 from perennial.storage import RunError, read_json, write, write_json
-
-
-class Factors(NamedTuple):
-    r"""An update of one matrix, :math:`\Delta W = s B A`."""
-
-    down: Tensor
-    """A, [rank, in]."""
-    up: Tensor
-    """B, [out, rank]."""
-    scaling: float
-    """s."""
-
-    @property
-    def update(self) -> Tensor:
-        """The update itself, [out, in], float32, detached."""
-        return self.scaling * (self.up.detach().float() @ self.down.detach().float())
-
-
-class Pair(NamedTuple):
-    """What a penalty sees of one adapted matrix."""
-
-    module: str
-    """Qualified name of the adapted module."""
-    new: Factors
-    """The adapter in training."""
-    old: Tensor | None
-    """A of all earlier adapters below each other, [sum of ranks, in], detached; None where there are none."""
-
-
-_STACKS: weakref.WeakKeyDictionary[nn.Module, AdapterStack] = weakref.WeakKeyDictionary()
 
 
 class AdapterStack:
@@ -85,7 +56,7 @@ class AdapterStack:
         self.names: list[str] = []
         """Adapters, oldest first; the last is current."""
         self._model: PeftModel | None = None
-        self._retired: dict[str, dict[str, Tensor]] = {}
+        self._merged: dict[str, dict[str, Tensor]] = {}
         self._old: dict[str, list[Tensor]] = {}
         self._pairs: list[Pair] | None = None
 
@@ -110,14 +81,16 @@ class AdapterStack:
         before = self.names[-1] if self.names else None
         if self._model is None:
             try:
-                self._model = get_peft_model(self.base, copy.deepcopy(self.config), adapter_name=name)
+                with warnings.catch_warnings():  # peft asks for an attribute that transformers renames
+                    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+                    self._model = get_peft_model(self.base, copy.deepcopy(self.config), adapter_name=name)
             except ValueError as error:
-                linear = sorted({n.rpartition(".")[2] for n, m in self.base.named_modules() if isinstance(m, nn.Linear)})
+                layers = [n.rpartition(".")[2] for n, m in self.base.named_modules() if isinstance(m, nn.Linear)]
                 raise ModelError(
                     f"target_modules {self.config.target_modules} cannot be adapted: {error} The model's linear layers "
-                    f"are called {', '.join(linear) or 'nothing: there are none'}"
+                    f"are called {', '.join(dict.fromkeys(layers)) or 'nothing: there are none'}"
                 ) from error
-            _STACKS[self._model] = self
+            STACKS[self._model] = self
         else:
             self._model.add_adapter(name, copy.deepcopy(self.config))
         if before is not None:
@@ -130,10 +103,10 @@ class AdapterStack:
         return self._model
 
     def _retire(self, name: str) -> None:
-        self._retired[name] = self.state(name)
         for module, factors in self.factors(name).items():
             self._old.setdefault(module, []).append(factors.down.detach().clone())
         if self.merge:
+            self._merged[name] = self.state(name)
             with torch.no_grad():
                 for layer in self._layers().values():
                     if name in layer.lora_A:
@@ -145,10 +118,11 @@ class AdapterStack:
         have changed it, such as a Trainer's resuming."""
         model, current = self.model, self.names[-1]
         others = [] if self.merge else self.names[-2::-1]
-        model.base_model.set_adapter([current, *others])
+        tuner: Any = model.base_model
+        tuner.set_adapter([current, *others])
         model.active_adapter = current
         for name in others:
-            model.base_model.set_requires_grad(name, False)
+            tuner.set_requires_grad(name, False)
         for _, parameter in self._head_parameters():
             parameter.requires_grad_(True)
         self._pairs = None
@@ -170,20 +144,19 @@ class AdapterStack:
         found = {}
         for module, layer in self._layers().items():
             if name in layer.lora_A:
-                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-                scaling = layer.scaling[name]
-            elif (key := f"base_model.model.{module}.lora_A.weight") in self._retired.get(name, {}):
-                down, up = self._retired[name][key], self._retired[name][key.replace("lora_A", "lora_B")]
-                scaling = layer.scaling[self.names[-1]]  # all adapters have one configuration
+                here = factors_of(layer, name)
+            elif (key := f"base_model.model.{module}.lora_A.weight") in self._merged.get(name, {}):
+                down, up = self._merged[name][key], self._merged[name][key.replace("lora_A", "lora_B")]
+                here = Factors(down, up, layer.scaling[self.names[-1]])  # all adapters have one configuration
             else:
                 continue
-            found[module] = Factors(*((down.detach(), up.detach()) if detach else (down, up)), scaling)
+            found[module] = Factors(here.down.detach(), here.up.detach(), here.scaling) if detach else here
         return found
 
     def state(self, name: str) -> dict[str, Tensor]:
         """A copy of an adapter's tensors, by the names under which peft saves them."""
-        if name in self._retired:
-            return self._retired[name]
+        if name in self._merged:
+            return self._merged[name]
         found = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
         return {key: tensor.detach().cpu().clone() for key, tensor in found.items()}
 
@@ -255,8 +228,8 @@ class AdapterStack:
             for name, parameter in held.items():
                 parameter.copy_(saved[name])
 
-    def _layers(self) -> dict[str, LoraLayer]:
-        inner = self.model.base_model.model
+    def _layers(self) -> dict[str, Any]:
+        inner: Any = self.model.base_model.model
         return {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
 
     def _head_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -282,29 +255,6 @@ class _StackCallback(TrainerCallback):
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "heads.safetensors"
 
 
-def pairs_of(model: nn.Module) -> list[Pair]:
-    """The adapted matrices of a model: of its :class:`AdapterStack`, or where it has none of peft's active adapters,
-    of which those that are trained are new (one a matrix) and the others old.
-
-    Raises:
-        ValueError: no adapter is trained.
-    """
-    model = getattr(model, "module", model) if not isinstance(model, PeftModel) else model  # DDP's
-    if (stack := _STACKS.get(model)) is not None:
-        return stack.pairs()
-    found = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            new = [a for a in layer.active_adapters if a in layer.lora_A and layer.lora_A[a].weight.requires_grad]
-            old = [layer.lora_A[a].weight.detach() for a in layer.active_adapters if a in layer.lora_A and a not in new]
-            for a in new[:1]:
-                factors = Factors(layer.lora_A[a].weight, layer.lora_B[a].weight, layer.scaling[a])
-                found.append(Pair(name, factors, torch.cat(old) if old else None))
-    if not found:
-        raise ValueError("the model has no LoRA adapter in training; a penalty on its update has nothing to act on")
-    return found
-
-
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -313,10 +263,10 @@ def _checked(path: Path, digest: str) -> dict[str, Tensor]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise RunError(f"{path} is missing; the other adapters are intact. Restore it, or save the stack anew") from None
+        raise RunError(f"{path} is missing; the other adapters are intact. Restore it, or save anew") from None
     if _digest(data) != digest:
         raise RunError(
-            f"{path} was cut short or changed: its SHA-256 begins with {_digest(data)}, not {digest}. The other adapters "
-            "are intact; restore this one"
+            f"{path} was cut short or changed: its SHA-256 begins with {_digest(data)}, not {digest}. The other "
+            "adapters are intact; restore this one"
         )
     return safetensors.torch.load(data)

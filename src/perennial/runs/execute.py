@@ -11,7 +11,7 @@ import queue
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from perennial.runs.job import work
 from perennial.runs.plan import Job, lanes_of, make_plan, read_plan
 from perennial.runs.supply import looks_of, run_supply
 from perennial.storage import RunError, read_json, write, write_json
-from perennial.studies import Study, SupplyStudy, TicketStudy, as_yaml, seeds_of
-from perennial.tickets.experiment import Job as SearchJob
+from perennial.studies import DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, as_yaml, seeds_of
 from perennial.tickets.experiment import run_experiment
 
 
@@ -37,7 +36,7 @@ class Interrupted(RunError):
 
 
 def execute(
-    study: Study | TicketStudy | SupplyStudy,
+    study: Study | OtherStudy,
     directory: Path,
     *,
     resume: bool = True,
@@ -93,7 +92,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _claim(study: Study | TicketStudy | SupplyStudy, directory: Path, resume: bool) -> bool:
+def _claim(study: Study | OtherStudy, directory: Path, resume: bool) -> bool:
     """See that a directory is free for a study, or holds a run of it; whether it does."""
     held = directory / "study.yaml"
     if held.exists() and not resume:
@@ -123,14 +122,16 @@ def _prepare(study: Study, directory: Path, resume: bool, workers: int, device: 
     return jobs
 
 
-def _run_other(
-    study: TicketStudy | SupplyStudy, directory: Path, workers: int, device: torch.device, console: Console
-) -> None:
+def _run_other(study: OtherStudy, directory: Path, workers: int, device: torch.device, console: Console) -> None:
     """A study that is not made of parts, with its progress."""
     with _progress(console) as progress:
         try:
             if isinstance(study, TicketStudy):
                 _search(study, directory, workers, device, progress)
+            elif isinstance(study, TextStudy):
+                _learn_texts(study, directory, workers, device, progress)
+            elif isinstance(study, DominantStudy):
+                _find_dominant(study, directory, workers, device, progress)
             else:
                 seeds = len(seeds_of(study.life, "life"))
                 totals = {"lives": seeds * study.life.steps * len(study.life.methods), "looks": len(looks_of(study))}
@@ -153,18 +154,45 @@ def _run_other(
 def _search(study: TicketStudy, directory: Path, workers: int, device: torch.device, progress: Progress) -> None:
     """All trainings of a search for tickets and of its controls."""
     experiment = study.tickets
-    of_kind = Counter(job.kind for job in experiment.jobs())
-    bars = {
-        kind: progress.add_task(kind.replace("_", " "), total=experiment.training.iterations * count)
-        for kind, count in of_kind.items()
-    }
-    made: dict[SearchJob, int] = {}
+    steps = dict.fromkeys(experiment.jobs(), experiment.training.iterations)
+    advance = _advance(progress, steps, lambda job: job.kind)
+    run_experiment(experiment, directory, workers=workers, device=str(device), progress=advance)
 
-    def advance(job: SearchJob, step: int) -> None:
-        progress.advance(bars[job.kind], step - made.get(job, 0))
+
+def _learn_texts(study: TextStudy, directory: Path, workers: int, device: torch.device, progress: Progress) -> None:
+    """All sequences of text tasks."""
+    from perennial.lm import run_stream
+
+    stream = study.texts
+    steps = {job: stream.steps(job) for job in stream.jobs()}
+    advance = _advance(progress, steps, lambda job: stream.methods[job.method].label or job.method)
+    run_stream(stream, directory, workers=workers, device=str(device), progress=advance)
+
+
+def _find_dominant(
+    study: DominantStudy, directory: Path, workers: int, device: torch.device, progress: Progress
+) -> None:
+    """All trainings of a search for dominant tickets and of its controls."""
+    from perennial.lm import run_dominant
+
+    experiment = study.dominant
+    advance = _advance(progress, {job: experiment.steps(job) for job in experiment.jobs()}, lambda job: job.kind)
+    run_dominant(experiment, directory, workers=workers, device=str(device), progress=advance)
+
+
+def _advance(progress: Progress, steps: Mapping[Any, int], kind: Callable[[Any], str]) -> Callable[[Any, int], None]:
+    """A bar for each kind of job, and what moves them when a job says how many steps it has made."""
+    totals: Counter[str] = Counter()
+    for job, count in steps.items():
+        totals[kind(job)] += count
+    bars = {name: progress.add_task(name.replace("_", " "), total=total) for name, total in totals.items()}
+    made: dict[Any, int] = {}
+
+    def advance(job: Any, step: int) -> None:
+        progress.advance(bars[kind(job)], step - made.get(job, 0))
         made[job] = step
 
-    run_experiment(experiment, directory, workers=workers, device=str(device), progress=advance)
+    return advance
 
 
 def _train(

@@ -1,12 +1,14 @@
 """The papers' experiments, as data."""
 
-from perennial.studies.load import as_yaml, load, parse_setting, shipped
+from perennial.studies.load import OtherStudy, as_yaml, load, parse_setting, shipped
 from perennial.studies.schema import (
+    DominantStudy,
     MethodEntry,
     Part,
     Study,
     StudyError,
     SupplyStudy,
+    TextStudy,
     TicketStudy,
     Variant,
     factory_of,
@@ -17,11 +19,14 @@ from perennial.studies.schema import (
 )
 
 __all__ = [
+    "DominantStudy",
     "MethodEntry",
+    "OtherStudy",
     "Part",
     "Study",
     "StudyError",
     "SupplyStudy",
+    "TextStudy",
     "TicketStudy",
     "Variant",
     "as_yaml",

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,11 +15,13 @@ from pydantic import BaseModel, ValidationError
 from perennial.population import MEASURED
 from perennial.streams import PermutedMNIST
 from perennial.studies.schema import (
+    DominantStudy,
     MethodEntry,
     Part,
     Study,
     StudyError,
     SupplyStudy,
+    TextStudy,
     TicketStudy,
     Variant,
     nearest,
@@ -27,6 +29,9 @@ from perennial.studies.schema import (
     stream_of,
     variants_of,
 )
+
+OtherStudy: TypeAlias = TicketStudy | SupplyStudy | TextStudy | DominantStudy
+"""Studies that are not made of parts."""
 
 Lines = dict[str, str]
 """Where each dotted key stands: "steps" -> "my-study.yaml, line 4"."""
@@ -47,7 +52,7 @@ def shipped() -> dict[str, str]:
     return found
 
 
-def load(source: str, changes: Mapping[str, Any] | None = None) -> Study | TicketStudy | SupplyStudy:
+def load(source: str, changes: Mapping[str, Any] | None = None) -> Study | OtherStudy:
     """A study with everything spelled out and every component checked.
 
     Args:
@@ -87,7 +92,7 @@ def load(source: str, changes: Mapping[str, Any] | None = None) -> Study | Ticke
 class _Kind(NamedTuple):
     """A kind of study that is not made of parts."""
 
-    model: type[TicketStudy] | type[SupplyStudy]
+    model: type[OtherStudy]
     roots: tuple[str, ...]
     """Its keys that hold settings; what names none of them is meant for the first, or for the one that has it."""
     short: Mapping[str, str]
@@ -97,12 +102,12 @@ class _Kind(NamedTuple):
 _KINDS = {
     "tickets": _Kind(TicketStudy, ("tickets",), {"steps": "tickets.training.iterations", "seeds": "tickets.seeds"}),
     "supply": _Kind(SupplyStudy, ("supply", "life"), {"steps": "life.steps", "seeds": "life.seeds"}),
+    "texts": _Kind(TextStudy, ("texts",), {"steps": "texts.training.steps", "seeds": "texts.seeds"}),
+    "dominant": _Kind(DominantStudy, ("dominant",), {"steps": "dominant.training.steps", "seeds": "dominant.seeds"}),
 }
 
 
-def _of_kind(
-    kind: _Kind, source: str, tree: dict[str, Any], changes: Mapping[str, Any], lines: Lines
-) -> TicketStudy | SupplyStudy:
+def _of_kind(kind: _Kind, source: str, tree: dict[str, Any], changes: Mapping[str, Any], lines: Lines) -> OtherStudy:
     for dotted, value in changes.items():
         keys = kind.short.get(dotted, dotted).split(".")
         if keys[0] not in kind.roots:
@@ -114,9 +119,10 @@ def _of_kind(
             if not isinstance(at, dict):
                 raise StudyError(f"--set {dotted}: {key!r} has no settings of its own")
         at[keys[-1]] = value
-    tickets = tree.get("tickets")
-    if isinstance(tickets, dict) and isinstance(tickets.get("seeds"), int):
-        tickets["seeds"] = list(range(tickets["seeds"]))
+    for key in kind.roots:
+        root = tree.get(key)
+        if kind.model is not SupplyStudy and isinstance(root, dict) and isinstance(root.get("seeds"), int):
+            root["seeds"] = list(range(root["seeds"]))
     tree["name"] = _name(source)
     try:
         study = kind.model.model_validate(tree)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from perennial import methods, networks, streams
+from perennial.lm import DominantTickets, TextStream
 from perennial.methods import Intervention, Method, Rule
 from perennial.population import Lane
 from perennial.streams import Stream
@@ -108,6 +109,20 @@ class SupplyStudy(_Described):
     """The stream, the network, the methods and the seeds."""
     supply: Supply
     """When networks are taken from it, and how their tickets are looked for."""
+
+
+class TextStudy(_Described):
+    """A language model that learns text tasks one after another, by several methods."""
+
+    texts: TextStream
+    """The tasks, the model, the methods and the seeds."""
+
+
+class DominantStudy(_Described):
+    """Dominant winning tickets of a pretrained language model, moved between tasks, and their controls."""
+
+    dominant: DominantTickets
+    """The tasks, the model, what is selected and what it is compared with."""
 
 
 @dataclass(frozen=True)

@@ -3,227 +3,30 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perennial.lm.data import ORDERS, TextTask, read_task
+from perennial.lm.data import TextTask
 from perennial.lm.measures import adapter_measures, collision, relative_threshold, row_overlap, update_cosine
-from perennial.lm.models import Asked, Family, Reader, load_model, trained_modules
-from perennial.lm.penalties import PENALTIES, ElasticWeights, Penalty, PenaltyMixin
+from perennial.lm.models import Asked, Reader, load_model, trained_modules
+from perennial.lm.penalties import ElasticWeights, PenaltyMixin
 from perennial.lm.stack import AdapterStack
-from perennial.methods import REGISTRY, Intervention
+from perennial.lm.stream import Job, Recipe, TextStream, TextTraining
+from perennial.methods import Intervention
 from perennial.noise import torch_seed
-from perennial.optim import OPTIMIZERS
 from perennial.parallel import run_jobs
-from perennial.storage import read_json, read_tensors, write_json, write_tensors
+from perennial.storage import read_tensors, write_json, write_tensors
 
-_STRICT: dict[str, str] = {"extra": "forbid"}
 _FISHER_EXAMPLES = 64
 """Examples from which elastic weight consolidation takes the Fisher information of a task."""
-
-
-@dataclass(frozen=True)
-class TextTraining:
-    """How each task is trained: AdamW without decay at a constant rate, as in the papers, unless a method says other."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
-
-    steps: int = 100
-    """Optimizer steps a task."""
-    batch_size: int = 16
-    """Examples a batch."""
-    accumulate: int = 1
-    """Batches a step."""
-    lr: float = 1e-3
-    """Step size."""
-    max_length: int = 128
-    """Tokens of a text."""
-    clip: float = 1.0
-    """Longest norm of the gradient; 0 for none."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """The LoRA adapters; the defaults are the papers'."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
-
-    rank: int = 8
-    """r."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / r."""
-    dropout: float = 0.1
-    """On an adapter's input, in training."""
-    target_modules: tuple[str, ...] = ("query", "value")
-    """Which linear layers, by the end of their names; ``q`` and ``v`` of T5, ``q_proj`` and ``v_proj`` of Llama."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A method: what is trained, on what, with which pulls and rules."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
-
-    label: str = ""
-    """How figures call it."""
-    trains: Literal["adapter_each", "adapter_one", "all", "osf"] = "adapter_each"
-    """A new adapter for each task on top of the frozen earlier ones, one for all tasks, all weights, or all weights
-    within the orthogonal subspaces of peft's OSF (Nayak et al., 2025)."""
-    tasks: Literal["in_turn", "alone", "together"] = "in_turn"
-    """One after another; each by itself from the pretrained weights; all at once, with as many steps as all have."""
-    penalties: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of each penalty by its name, see :data:`~perennial.lm.PENALTIES`."""
-    ewc: float = 0.0
-    """Strength of elastic weight consolidation."""
-    replay: int = 0
-    """Examples kept of each task and mixed with those of later ones."""
-    rule: Mapping[str, Any] = field(default_factory=dict)
-    """An optimizer rule of this project by name, with its settings; AdamW if left out."""
-    interventions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of each intervention on the trained model by its name."""
-    lr: float | None = None
-    """In place of the training's."""
-
-    def __post_init__(self) -> None:
-        self.made_penalties()
-        self.made_interventions()
-        self.optimizer([nn.Parameter(torch.zeros(2, 2))], 1e-3)
-        if self.replay < 0 or self.ewc < 0:
-            raise ValueError(f"replay is {self.replay} and ewc {self.ewc}; both are at least 0")
-        if self.penalties and not self.trains.startswith("adapter"):
-            raise ValueError(f"penalties are on adapters' updates, and trains is {self.trains!r}")
-
-    def made_penalties(self) -> list[Penalty]:
-        """The penalties themselves."""
-        return [_made(PENALTIES, "penalty", name, settings) for name, settings in self.penalties.items()]
-
-    def made_interventions(self) -> list[Intervention]:
-        """The interventions themselves."""
-        known = {m.name: m for m in REGISTRY if issubclass(m, Intervention)}
-        return [_made(known, "intervention", name, settings or {}) for name, settings in self.interventions.items()]
-
-    def optimizer(self, params: Sequence[Any], lr: float) -> torch.optim.Optimizer:
-        """What trains the parameters, or (name, parameter)."""
-        lr = self.lr if self.lr is not None else lr
-        if not self.rule:
-            return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-        known = {cls.rule.name: cls for cls in OPTIMIZERS.values()}
-        settings = {"lr": lr} | {k: v for k, v in self.rule.items() if k != "name"}
-        found: torch.optim.Optimizer = _made(known, "optimizer rule", self.rule.get("name", ""), settings, params)
-        return found
-
-
-def _made(known: Mapping[str, Any], kind: str, name: str, settings: Mapping[str, Any], *first: Any) -> Any:
-    if name not in known:
-        raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(known)}")
-    try:
-        return known[name](*first, **{k: float(v) if _is_number(v) else v for k, v in settings.items()})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{kind} {name}: {error}") from error
-
-
-def _is_number(value: Any) -> bool:
-    """YAML reads 1e-4 as text."""
-    if isinstance(value, (bool, int)) or not isinstance(value, str):
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class TextStream:
-    """A model, text tasks in an order, methods and seeds."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
-
-    tasks: str | tuple[str, ...]
-    """``order1`` to ``order6``, or names of tasks (:func:`~perennial.lm.read_task`) in their order."""
-    methods: Mapping[str, Recipe]
-    """What is compared, by key."""
-    model: str = "minilm"
-    """A folder, a name on the hub, or the bundled ``minilm``."""
-    family: Family | None = None
-    """``encoder``, ``seq2seq`` or ``causal``; the model's own if left out."""
-    head: Literal["task", "union"] = "task"
-    """Whether an encoder has answers for each task or for all labels, see :func:`~perennial.lm.load_model`."""
-    train: int | None = None
-    """Training examples of each task, drawn by the seed; all if left out."""
-    test: int | None = None
-    """Test examples of each task, the same for all seeds; all if left out."""
-    training: TextTraining = field(default_factory=TextTraining)
-    """How each task is trained."""
-    adapters: Adapters = field(default_factory=Adapters)
-    """Where there are adapters."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the classifier, the adapters, the choice and the order of examples."""
-    part: Literal["test", "validation"] = "test"
-    """On which scores are taken: ``validation`` to choose settings by."""
-
-    def __post_init__(self) -> None:
-        if not self.methods:
-            raise ValueError("methods is empty; a study compares at least one")
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {self.seeds}; they are different whole numbers from 0, at least one")
-        if isinstance(self.tasks, str) and self.tasks not in ORDERS:
-            raise ValueError(f"there is no order {self.tasks!r}; there are {', '.join(ORDERS)}, or name the tasks")
-        if len(set(self.names)) < len(self.names) or not self.names:
-            raise ValueError(f"tasks is {list(self.names)}; each stands there once, and there is at least one")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tasks, in their order."""
-        return ORDERS[self.tasks] if isinstance(self.tasks, str) else self.tasks
-
-    def texts(self, seed: int) -> list[TextTask]:
-        """The tasks of a seed."""
-        found = []
-        for name in self.names:
-            task = read_task(name)
-            found.append(task.smaller(self.train, None, 1 + seed).smaller(None, self.test))
-        return found
-
-    def jobs(self) -> list[Job]:
-        """All sequences, seed by seed."""
-        return [Job(method, seed) for seed in self.seeds for method in self.methods]
-
-    def steps(self, job: Job) -> int:
-        """Optimizer steps that a sequence takes."""
-        return self.training.steps * len(self.names)
-
-
-class Job(NamedTuple):
-    """One sequence of tasks by one method with one seed."""
-
-    method: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.method}, seed {self.seed}"
-
-    def folder(self, directory: Path) -> Path:
-        """Where its results lie."""
-        return directory / f"{self.method}-{self.seed}"
-
-    def results(self, directory: Path) -> dict[str, Any] | None:
-        """What came of it, as far as it has come: ``scores`` [times][tasks], ``losses`` (of training, by task),
-        ``seconds``; when ``finished``, also ``adapters`` and ``pairs``."""
-        found: dict[str, Any] | None = read_json(self.folder(directory) / "results.json")
-        return found
 
 
 def run_stream(
@@ -278,7 +81,7 @@ def run_sequence(
         if recipe.tasks == "alone" and k > done:
             learner = _Learner(stream, recipe, texts, job.seed, device)
         before = k * stream.training.steps
-        losses, seconds = learner.learn(k, lambda step, before=before: pulse(before + step))  # type: ignore[misc]
+        losses, seconds = learner.learn(k, functools.partial(_later, pulse, before))
         seen = range(len(texts)) if whole else [k] if recipe.tasks == "alone" else range(k + 1)
         row: list[float | None] = [None] * len(texts)
         for i in seen:
@@ -297,14 +100,15 @@ def run_sequence(
     write_json(folder / "results.json", found | {"finished": True})
 
 
+def _later(pulse: Callable[[int], None], before: int, step: int) -> None:
+    pulse(before + step)
+
+
 class _Learner:
     """A model on its way through the tasks."""
 
     def __init__(self, stream: TextStream, recipe: Recipe, texts: Sequence[TextTask], seed: int, device: str) -> None:
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        quiet()
         self.stream, self.recipe, self.texts, self.seed, self.device = stream, recipe, texts, seed, device
         base, self.reader = load_model(
             stream.model,
@@ -349,11 +153,11 @@ class _Learner:
         from peft import OSFConfig, PeftModel, get_peft_model
 
         if isinstance(self.model, PeftModel):
-            self.model = self.model.merge_and_unload()  # type: ignore[operator]
+            self.model = self.model.merge_and_unload()
         share = (k + 1) / (len(self.texts) + 1)
         targets = list(self.stream.adapters.target_modules)
         heads = [p for _, p in trained_modules(self.model, self.reader.heads)]
-        self.model = get_peft_model(self.model, OSFConfig(effective_rank=share, target_modules=targets))  # type: ignore[arg-type]
+        self.model = get_peft_model(self.model, OSFConfig(effective_rank=share, target_modules=targets))
         for parameter in heads:
             parameter.requires_grad_(True)
 
@@ -449,8 +253,18 @@ class _Learner:
         from peft import PeftModel
 
         if isinstance(self.model, PeftModel):
-            self.model = self.model.merge_and_unload()  # type: ignore[operator]
+            self.model = self.model.merge_and_unload()
         return self.model.state_dict()
+
+
+def quiet() -> None:
+    """Let transformers say nothing but errors, and its tokenizers not fork: for worker processes."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def train(
@@ -472,9 +286,7 @@ def train(
     Returns:
         The loss of every step, without penalties, and the seconds it took.
     """
-    import time
-
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Pulse(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -508,12 +320,13 @@ def train(
         trainer = PenaltyTrainer(
             model=model,
             args=arguments,
-            train_dataset=list(asked),  # type: ignore[arg-type]
-            data_collator=reader.batch,  # type: ignore[arg-type]
+            train_dataset=list(asked),
+            data_collator=reader.batch,
             compute_loss_func=reader.loss,
             optimizers=(optimizer, None),
             callbacks=[Pulse(), *callbacks],
         )
+        trainer.remove_callback(PrinterCallback)
         if reader.loss is not None:
             trainer.loss_is_scaled_for_ga = False  # the reader's loss is a mean over the batch
         if penalties:

@@ -1,0 +1,72 @@
+"""Low-rank updates, and where they stand in a model."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Factors(NamedTuple):
+    r"""An update of one matrix, :math:`\Delta W = s B A`."""
+
+    down: Tensor
+    """A, [rank, in]."""
+    up: Tensor
+    """B, [out, rank]."""
+    scaling: float
+    """s."""
+
+    @property
+    def update(self) -> Tensor:
+        """The update itself, [out, in], float32, detached."""
+        return self.scaling * (self.up.detach().float() @ self.down.detach().float())
+
+
+class Pair(NamedTuple):
+    """What a penalty sees of one adapted matrix."""
+
+    module: str
+    """Qualified name of the adapted module."""
+    new: Factors
+    """The adapter in training."""
+    old: Tensor | None
+    """A of all earlier adapters below each other, [sum of ranks, in], detached; None where there are none."""
+
+
+def factors_of(layer: Any, adapter: str) -> Factors:
+    """An adapter of a layer of peft's, its live parameters."""
+    return Factors(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
+
+
+STACKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""The :class:`~perennial.lm.AdapterStack` of a model."""
+
+
+def pairs_of(model: nn.Module) -> list[Pair]:
+    """The adapted matrices of a model: of its :class:`AdapterStack`, or where it has none of peft's active adapters,
+    of which those that are trained are new (one a matrix) and the others old.
+
+    Raises:
+        ValueError: no adapter is trained.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(model, PeftModel):
+        model = getattr(model, "module", model)  # DDP's
+    if (stack := STACKS.get(model)) is not None:
+        known: list[Pair] = stack.pairs()
+        return known
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            acting = [factors_of(module, a) for a in module.active_adapters if a in module.lora_A]
+            new = [f for f in acting if f.down.requires_grad]
+            old = [f.down.detach() for f in acting if not f.down.requires_grad]
+            found += [Pair(name, one, torch.cat(old) if old else None) for one in new[:1]]
+    if not found:
+        raise ValueError("the model has no LoRA adapter in training; a penalty on its update has nothing to act on")
+    return found
