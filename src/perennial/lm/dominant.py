@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perennial.lm.data import TextTask, read_task
+from perennial.lm.factors import adapted
 from perennial.lm.models import Asked, Family, Reader, load_model, trained_modules
 from perennial.lm.stream import TextTraining
 from perennial.noise import torch_seed
@@ -254,8 +255,8 @@ def run_training(
         found["kept"] = {n: int((d != 0).sum()) for n, d in distances.items()}
         write_tensors(job.distances(directory), distances)
     elif job.kind == "ticket":
-        heads = [n for n, _ in trained_modules(trained.model, reader.heads)]
-        delta = SparseDelta.between(trained.model, trained.start, names=list(trained.start), whole=heads)
+        start = trained.start | trained.heads
+        delta = SparseDelta.between(trained.model, start, names=list(start), whole=list(trained.heads))
         delta.save(job.path(directory).with_suffix(".safetensors"))
     write_json(job.path(directory), found)
 
@@ -266,9 +267,10 @@ class _Trained:
     def __init__(
         self, experiment: DominantTickets, directory: Path, job: Job, model: nn.Module, reader: Reader
     ) -> None:
-        heads = {id(p) for _, p in trained_modules(model, reader.heads)}
+        heads = dict(trained_modules(model, reader.heads))
         held = dict(model.named_parameters())
-        names = [n for n in prunable(model) if id(held[n]) not in heads]
+        names = [n for n in prunable(model) if n not in heads]
+        self.heads = {n: p.detach().clone() for n, p in heads.items()}
         self.model, self.masks = model, None
         self.start = {n: held[n].detach().clone() for n in names}
         self.matrices = {n: held[n] for n in names}
@@ -277,9 +279,8 @@ class _Trained:
             ticket = chosen.masks(read_tensors(job.distances(directory)))
             self.masks = self._masks(job, ticket, chosen)
         self.count = self._open(experiment, job)
-        for parameter in model.parameters():
-            if id(parameter) in heads:
-                parameter.requires_grad_(True)
+        for parameter in heads.values():
+            parameter.requires_grad_(True)
 
     def _masks(self, job: Job, ticket: Masks, chosen: Selection) -> Masks:
         drawn = torch_seed(job.seed, f"random {job.selection}") >> 1
@@ -302,10 +303,12 @@ class _Trained:
             return 0
         if job.kind == "lora":
             return self._adapt(experiment)
-        names = bias_names(self.model) if job.kind == "bitfit" else list(self.matrices)
-        names = [n for n in names if "classifier" not in n] if job.kind == "bitfit" else names
-        if job.kind == "full":
+        names = list(self.matrices)
+        if job.kind == "bitfit":
+            names = bias_names(self.model)
+        elif job.kind == "full":
             names = list(held)
+        names = [name for name in names if name not in self.heads]
         for name in names:
             held[name].requires_grad_(True)
         if self.masks is not None:
@@ -313,7 +316,7 @@ class _Trained:
         return sum(held[name].numel() for name in names)
 
     def _adapt(self, experiment: DominantTickets) -> int:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         assert self.masks is not None
         count = sum(int(mask.sum()) for mask in self.masks.values())
@@ -327,7 +330,7 @@ class _Trained:
         rank = lora_rank_for(count, shapes)
         config = LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=list(experiment.target_modules))
         torch.manual_seed(0)
-        self.model, self.masks = get_peft_model(self.model, config), None
+        self.model, self.masks = adapted(self.model, config), None
         return rank * sum(sum(shape) for shape in shapes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any, NamedTuple
 
@@ -39,6 +40,15 @@ class Pair(NamedTuple):
 def factors_of(layer: Any, adapter: str) -> Factors:
     """An adapter of a layer of peft's, its live parameters."""
     return Factors(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
+
+
+def adapted(base: nn.Module, config: Any, name: str = "default") -> Any:
+    """A model with its first adapter, a ``PeftModel``."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # peft 0.21 asks for an attribute that transformers 5.24 has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return get_peft_model(base, config, adapter_name=name)  # type: ignore[arg-type]
 
 
 STACKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from perennial.lm.data import TextTask
+from perennial.lm.factors import adapted
 from perennial.lm.measures import adapter_measures, collision, relative_threshold, row_overlap, update_cosine
 from perennial.lm.models import Asked, Reader, load_model, trained_modules
 from perennial.lm.penalties import ElasticWeights, PenaltyMixin
@@ -150,14 +151,14 @@ class _Learner:
 
     def _renew_subspaces(self, k: int) -> None:
         """OSF: what earlier tasks may have used is frozen, a larger share of the singular directions each time."""
-        from peft import OSFConfig, PeftModel, get_peft_model
+        from peft import OSFConfig, PeftModel
 
         if isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()
         share = (k + 1) / (len(self.texts) + 1)
         targets = list(self.stream.adapters.target_modules)
         heads = [p for _, p in trained_modules(self.model, self.reader.heads)]
-        self.model = get_peft_model(self.model, OSFConfig(effective_rank=share, target_modules=targets))
+        self.model = adapted(self.model, OSFConfig(effective_rank=share, target_modules=targets))
         for parameter in heads:
             parameter.requires_grad_(True)
 

@@ -20,6 +20,11 @@ _ROWS = 256
 """Rows of an update that are made at a time: what lies between stays in a processor's cache."""
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class _Known(torch.autograd.Function):
     """A value whose gradients are known already."""
 
@@ -94,16 +99,16 @@ class NLoRA(Penalty):
     def of(self, pair: Pair) -> Tensor:
         down, up, scaling = pair.new
         if self.form == "factors":
-            return down.float().abs().sum() + up.float().abs().sum()
+            return _wide(down).abs().sum() + _wide(up).abs().sum()
         if self.form == "published":
             if down.shape[1] != up.shape[0]:
                 raise ValueError(
                     f"the published form of N-LoRA multiplies A {list(down.shape)} by B {list(up.shape)}, which does "
                     f"not go for {pair.module}: its matrix is not square. form='update' is the paper's"
                 )
-            return (down.float() @ up.float()).abs().sum()
+            return (_wide(down) @ _wide(up)).abs().sum()
         with torch.no_grad():
-            a, b = down.float(), up.float()
+            a, b = _wide(down), _wide(up)
             value = a.new_zeros(())
             grad_a, grad_b = torch.zeros_like(a), torch.empty_like(b)
             for start in range(0, len(b), _ROWS):
@@ -146,7 +151,7 @@ class OLoRA(Penalty):
     name: ClassVar[str] = "olora"
 
     def of(self, pair: Pair) -> Tensor:
-        down = pair.new.down.float()
+        down = _wide(pair.new.down)
         found = down.new_zeros(()) + 0.0 * down.sum()
         if pair.old is not None:
             old = pair.old.to(down)
@@ -158,7 +163,7 @@ class OLoRA(Penalty):
     def on(self, pairs: Sequence[Pair]) -> Tensor:
         found = super().on(pairs)
         if self.norm_strength:
-            norms = [t.float().norm() for pair in pairs for t in pair.new[:2]]
+            norms = [_wide(t).norm() for pair in pairs for t in pair.new[:2]]
             found = found + self.norm_strength * torch.stack(norms).sum()
         return found
 
@@ -171,7 +176,7 @@ class L2Update(Penalty):
     name: ClassVar[str] = "l2"
 
     def of(self, pair: Pair) -> Tensor:
-        a, b = pair.new.down.float(), pair.new.up.float()
+        a, b = _wide(pair.new.down), _wide(pair.new.up)
         return pair.new.scaling**2 * ((b.T @ b) * (a @ a.T)).sum()
 
 
@@ -188,7 +193,7 @@ class NuclearNorm(Penalty):
     def of(self, pair: Pair) -> Tensor:
         down, up, scaling = pair.new
         with torch.no_grad():
-            a, b = down.float(), up.float()
+            a, b = _wide(down), _wide(up)
             (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
             u, s, vt = torch.linalg.svd(r_b @ r_a.T)
             there = s > 1e-7 * s.max()
@@ -219,7 +224,7 @@ class ElasticWeights:
 
     def __call__(self, model: nn.Module) -> Tensor:
         held = dict(model.named_parameters())
-        found = [(self.fisher[n] * (held[n].float() - self.anchor[n]).square()).sum() for n in self.fisher]
+        found = [(self.fisher[n] * (_wide(held[n]) - self.anchor[n]).square()).sum() for n in self.fisher]
         device = next(iter(held.values())).device
         return self.strength / 2 * torch.stack(found).sum() if found else torch.zeros((), device=device)
 
@@ -233,7 +238,7 @@ class ElasticWeights:
             grads = torch.autograd.grad(loss(), list(held.values()), allow_unused=True)
             for into, grad in zip(total.values(), grads, strict=True):
                 if grad is not None:
-                    into += grad.float().square() / len(losses)
+                    into += _wide(grad).square() / len(losses)
         for name, p in held.items():
             self.fisher[name] = self.fisher.get(name, torch.zeros_like(total[name])) + total[name]
             self.anchor[name] = p.detach().float().clone()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import peft
 import safetensors
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from perennial.lm.factors import STACKS, Factors, Pair, factors_of
+from perennial.lm.factors import STACKS, Factors, Pair, adapted, factors_of
 from perennial.lm.models import ModelError, trained_modules
 from perennial.storage import RunError, read_json, write, write_json
 
@@ -76,14 +75,12 @@ class AdapterStack:
         """
         if name in self.names:
             raise ValueError(f"there is an adapter {name!r} already; give each task a name of its own")
-        if not name or set(name) & set("./\\") or "lora_" in name:
-            raise ValueError(f"an adapter cannot be called {name!r}: without . / \\ and lora_, please")
+        if set(name) & set("./\\") or "lora_" in name or name in "lora_":
+            raise ValueError(f"an adapter cannot be called {name!r}: peft takes no . / \\, and nothing like lora_")
         before = self.names[-1] if self.names else None
         if self._model is None:
             try:
-                with warnings.catch_warnings():  # peft asks for an attribute that transformers renames
-                    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-                    self._model = get_peft_model(self.base, copy.deepcopy(self.config), adapter_name=name)
+                self._model = adapted(self.base, copy.deepcopy(self.config), name)
             except ValueError as error:
                 layers = [n.rpartition(".")[2] for n, m in self.base.named_modules() if isinstance(m, nn.Linear)]
                 raise ModelError(
