@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -559,7 +560,15 @@ def test_a_selection_is_one_of_three() -> None:
         Selection(share=0.1, threshold=0.1)
 
 
-# Command line, real weights
+# Command line, guide, several processes
+
+
+@slow
+def test_the_guide_runs() -> None:
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "language-models.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 5
+    exec("\n".join(blocks), {})
 
 
 @slow

@@ -93,7 +93,7 @@ class DominantTickets:
     full_lr: float | None = None
     """Step size where all weights are trained; the training's if left out."""
     controls: tuple[str, ...] = CONTROLS
-    """Of :data:`CONTROLS`."""
+    """Of ``perennial.lm.CONTROLS``."""
     target_modules: tuple[str, ...] = ("query", "value")
     """What LoRA adapts."""
     train: int | None = None

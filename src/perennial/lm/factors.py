@@ -48,7 +48,7 @@ def adapted(base: nn.Module, config: Any, name: str = "default") -> Any:
 
     with warnings.catch_warnings():  # peft 0.21 asks for an attribute that transformers 5.24 has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        return get_peft_model(base, config, adapter_name=name)  # type: ignore[arg-type]
+        return get_peft_model(base, config, adapter_name=name)
 
 
 STACKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -56,7 +56,7 @@ STACKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def pairs_of(model: nn.Module) -> list[Pair]:
-    """The adapted matrices of a model: of its :class:`AdapterStack`, or where it has none of peft's active adapters,
+    """The adapted matrices of a model: of its :class:`~perennial.lm.stack.AdapterStack`, or where it has none of peft's active adapters,
     of which those that are trained are new (one a matrix) and the others old.
 
     Raises:
