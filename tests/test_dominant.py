@@ -592,3 +592,13 @@ def test_bias_names_are_biases_wherever_they_are() -> None:
     ]
     with pytest.raises(ValueError, match="Linear has no biases"):
         bias_names(nn.Linear(2, 2, bias=False))
+
+
+def test_frozen_weights_of_low_precision_are_checked_in_their_own_type() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(4, 3)
+    model = nn.Linear(3, 4, bias=False, dtype=torch.bfloat16)
+    handle = enforce(model, {"weight": torch.zeros(4, 3, dtype=torch.bool)}, frozen={"weight": start})
+    handle.check()
+    handle.remove()
+    assert torch.equal(model.weight, start.bfloat16())

@@ -18,19 +18,19 @@ from perennial.lm.stream import TextTraining
 from perennial.noise import torch_seed
 from perennial.parallel import run_jobs
 from perennial.storage import read_json, read_tensors, write_json, write_tensors
+from perennial.tickets.control import random_like
 from perennial.tickets.dominant import (
     ProximalL1,
-    SparseDelta,
     bias_names,
     l1_distance,
     lora_rank_for,
     magnitude_like,
     random_dimensions_like,
-    random_like,
     select_ticket,
 )
 from perennial.tickets.masks import Masks, enforce, prunable
 from perennial.tickets.overlap import jaccard
+from perennial.tickets.sparse_delta import SparseDelta
 
 CONTROLS = ("random", "magnitude", "lora", "bitfit", "full", "head")
 """What tickets are compared with: as many weights of every matrix at random, or the largest pretrained ones; LoRA of

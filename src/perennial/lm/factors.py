@@ -56,8 +56,8 @@ STACKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def pairs_of(model: nn.Module) -> list[Pair]:
-    """The adapted matrices of a model: of its :class:`~perennial.lm.stack.AdapterStack`, or where it has none of peft's active adapters,
-    of which those that are trained are new (one a matrix) and the others old.
+    """The adapted matrices of a model: of its :class:`~perennial.lm.stack.AdapterStack`, or where it has none of peft's
+    active adapters, of which those that are trained are new (one a matrix) and the others old.
 
     Raises:
         ValueError: no adapter is trained.

@@ -44,9 +44,10 @@ class L1Init(Regulariser):
     def step(self, params: Tensors, state: Initial, context: Context) -> tuple[dict[str, Tensor], Initial]:
         if self.coupled:
             return {}, state
-        return {name: self._nearer(w, state.initial[name]) for name, w in params.items()}, state
+        return {name: self.nearer(w, state.initial[name]) for name, w in params.items()}, state
 
-    def _nearer(self, w: Tensor, start: Tensor) -> Tensor:
+    def nearer(self, w: Tensor, start: Tensor) -> Tensor:
+        """The proximal step of one parameter, its shape; the rate may be one for each weight."""
         # Not start + sign(d) max(|d| - r, 0): rounding would move the weight even at a rate of 0.
         distance = w - start
         back = self.rate * distance.sign()

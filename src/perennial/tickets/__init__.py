@@ -1,17 +1,14 @@
 """Lottery tickets: subnetworks that train as well as the whole, how they are found, and what they are compared with."""
 
 from perennial.tickets.connectivity import ConnectivityResult, instability, linear_path
-from perennial.tickets.control import CONTROLS, controls, run_control
+from perennial.tickets.control import CONTROLS, controls, random_like, run_control
 from perennial.tickets.dominant import (
-    Changed,
     ProximalL1,
-    SparseDelta,
     bias_names,
     l1_distance,
     lora_rank_for,
     magnitude_like,
     random_dimensions_like,
-    random_like,
     select_ticket,
 )
 from perennial.tickets.find import Level, Pruning, Stage, Ticket, find_ticket
@@ -20,6 +17,7 @@ from perennial.tickets.networks import NETWORKS
 from perennial.tickets.overlap import Overlap, Shared, Sparsity, jaccard, sparsity
 from perennial.tickets.prune import remaining_weights, select, shares
 from perennial.tickets.scores import SCORES, Evidence, prune_at_start
+from perennial.tickets.sparse_delta import Changed, SparseDelta
 from perennial.tickets.sparse_mlp import Examples, SparseMLPs, mlp_layers
 from perennial.tickets.supermask import Supermask
 from perennial.tickets.training import Data, Split, Training, fit

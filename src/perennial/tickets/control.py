@@ -26,13 +26,13 @@ def random_reinit(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int
 
 def random_mask(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
     """As many weights of each layer at random places, drawn anew ("random sparsity" in the paper)."""
-    return _fresh(make_model, seed), _shuffled(ticket.masks, seed), 0
+    return _fresh(make_model, seed), random_like(ticket.masks, seed), 0
 
 
 def shuffled_mask(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
     """As many weights of each layer at random places, at the ticket's start. Frankle et al. (ICLR 2021), Su et al.
     (NeurIPS 2020): what prunes before training does no worse by it."""
-    return ticket.start, _shuffled(ticket.masks, seed), ticket.step
+    return ticket.start, random_like(ticket.masks, seed), ticket.step
 
 
 def inverted(ticket: Ticket, make_model: Callable[[], nn.Module], seed: int) -> Start:
@@ -171,7 +171,9 @@ def _fresh(make_model: Callable[[], nn.Module], seed: int) -> Weights:
     return weights_of(made_apart(make_model, seed, "fresh"))
 
 
-def _shuffled(masks: Mapping[str, Tensor], seed: int) -> Masks:
+def random_like(masks: Mapping[str, Tensor], seed: int) -> Masks:
+    """As many weights of each matrix at random places. Such masks match LoRA by themselves with a larger step size
+    ("Random Masking Finds Winning Tickets for Parameter Efficient Fine-tuning", ICML 2024)."""
     rng = generator(seed, "places")
     return {n: m.flatten()[torch.randperm(m.numel(), generator=rng)].view(m.shape) for n, m in masks.items()}
 

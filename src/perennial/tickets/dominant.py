@@ -12,29 +12,21 @@ the ticket trains alone. :class:`~perennial.tickets.SparseDelta` keeps what came
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
 
-from perennial.attach.arguments import bare_model, bare_optimizer
-from perennial.checkpoints import CheckpointError, present
+from perennial.attach.arguments import bare_optimizer
 from perennial.methods import L1Init
-from perennial.storage import write
-from perennial.tickets.control import _shuffled
 from perennial.tickets.masks import Masks
+from perennial.tickets.sparse_delta import same_shape
 from perennial.trainability.lanes import generator
 
-FORMAT, VERSION = "perennial.sparse_delta", "1"
-"""What a saved :class:`SparseDelta` says that it is."""
 _OWN = (Adam, RMSprop, Adagrad, SGD)  # whose metric is known; AdamW is an Adam
 
 
@@ -123,7 +115,7 @@ class ProximalL1:
                     back = back / _scale(optimizer, group, optimizer.state[p])
                 if overflow is not None:
                     back = torch.where(overflow == 0, back, 0.0)
-                p.copy_(L1Init(rate=back)._nearer(wide, self._starts[id(p)].to(wide.dtype)))
+                p.copy_(L1Init(rate=back).nearer(wide, self._starts[id(p)].to(wide.dtype)))
 
 
 def l1_distance(params: Mapping[str, Tensor], start: Mapping[str, Tensor] | float) -> Tensor:
@@ -199,12 +191,6 @@ def select_ticket(
     return found
 
 
-def random_like(masks: Mapping[str, Tensor], seed: int) -> Masks:
-    """As many weights of each matrix at random places, which match LoRA by themselves with a larger step size ("Random
-    Masking Finds Winning Tickets for Parameter Efficient Fine-tuning", ICML 2024)."""
-    return _shuffled(masks, seed)
-
-
 def magnitude_like(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Masks:
     r"""As many weights of each matrix, those of the largest :math:`|\theta_0|`, of equal ones the first.
 
@@ -212,7 +198,7 @@ def magnitude_like(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -
     """
     found = {}
     for name, mask in masks.items():
-        _same_shape(name, weights, mask, "the weights")
+        same_shape(name, weights, mask, "the weights")
         found[name] = _largest(_wide(weights[name]).abs(), int(mask.sum())).to(mask.device)
     return found
 
@@ -231,158 +217,6 @@ def random_dimensions_like(masks: Mapping[str, Tensor], seed: int, dims: str = "
         order = torch.randperm(len(kept), generator=generator(seed, f"dimensions of {name}"))
         found[name] = _along(kept[order.to(kept.device)], mask, dims)
     return found
-
-
-class Changed(NamedTuple):
-    """One parameter in a :class:`SparseDelta`."""
-
-    indices: Tensor
-    """int64 [count], ascending: places in the flattened parameter."""
-    values: Tensor
-    """[count], in the parameter's type: the new values, not what was added."""
-    shape: tuple[int, ...]
-    """The parameter's."""
-    start: str
-    """SHA-256 of the start's type, shape and bytes, in hexadecimal."""
-
-
-@dataclass(frozen=True, eq=False)
-class SparseDelta:
-    """What the training of a ticket left: which weights changed, and their new values.
-
-    New values rather than differences, because start + (trained - start) is rounded: put into the model that training
-    started from, they give the trained parameters bit for bit. Buffers (running statistics) are not parameters.
-    """
-
-    parameters: Mapping[str, Changed]
-    """By name; one that did not change has no indices, and is there for its start."""
-
-    def __post_init__(self) -> None:
-        for name, (at, values, shape, _) in self.parameters.items():
-            size = math.prod(shape)
-            fits = at.dtype == torch.int64 and at.dim() == 1 and at.shape == values.shape
-            if not fits or (len(at) and not (at[0] >= 0 and at[-1] < size and bool((at.diff() > 0).all()))):
-                raise ValueError(
-                    f"{name}: indices must be int64, ascending, below {size} and as many as values; they are "
-                    f"{at.dtype} {list(at.shape)} for {list(values.shape)} values"
-                )
-
-    @classmethod
-    def between(
-        cls,
-        model: nn.Module | Mapping[str, Tensor],
-        start: Mapping[str, Tensor],
-        names: Iterable[str] | None = None,
-        *,
-        whole: Iterable[str] = (),
-    ) -> Self:
-        """What differs, in any bit, between a trained model, or its parameters, and their start.
-
-        Args:
-            model: trained.
-            start: by name, in the same types.
-            names: which to compare; None: all parameters.
-            whole: of these, those that are kept whole, so that the start does not matter: a head that every load of
-                the base model draws anew.
-
-        Raises:
-            ValueError: a name that either side lacks, another shape or type.
-        """
-        held = dict(bare_model(model).named_parameters() if isinstance(model, nn.Module) else model)
-        complete, found = set(whole), {}
-        wanted = list(held if names is None else names)
-        for name in (*wanted, *complete):
-            if name not in held or name not in wanted:
-                raise ValueError(f"{name} is not among the parameters that are compared: {', '.join(wanted) or 'none'}")
-        for name in wanted:
-            trained = held[name].detach()
-            _same_shape(name, start, trained, "the start")
-            before = start[name].detach().to(trained.device)
-            if before.dtype != trained.dtype:
-                raise ValueError(f"{name} is {trained.dtype}, its start {before.dtype}; keep the start in that type")
-            moved = (_bits(trained) != _bits(before)) | (name in complete)
-            at = moved.nonzero()[:, 0]
-            values = trained.take(at).cpu()
-            found[name] = Changed(at.cpu(), values, tuple(trained.shape), _fingerprint(before))
-        return cls(found)
-
-    @property
-    def numel(self) -> int:
-        """Values that are kept."""
-        return sum(len(one.indices) for one in self.parameters.values())
-
-    @property
-    def density(self) -> float:
-        """The share of the compared weights that are kept, in [0, 1]."""
-        return self.numel / max(1, sum(math.prod(one.shape) for one in self.parameters.values()))
-
-    def save(self, path: Path | str) -> None:
-        """Write a safetensors file, whole or not at all. The package safetensors is needed."""
-        from safetensors.torch import save
-
-        about = {name: (len(one.indices), one.shape, one.start) for name, one in self.parameters.items()}
-        tensors = {f"indices/{name}": one.indices for name, one in self.parameters.items()}
-        tensors |= {f"values/{name}": one.values for name, one in self.parameters.items()}
-        write(Path(path), save(tensors, {"format": FORMAT, "version": VERSION, "parameters": json.dumps(about)}))
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read what :meth:`save` wrote. CheckpointError, a ValueError: no such file, cut short, other tensors."""
-        from safetensors import SafetensorError, safe_open
-
-        present(Path(path))
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                kind = (about.get("format"), about.get("version"))
-                if kind != (FORMAT, VERSION):
-                    raise ValueError("its format is {} {}, not {} {}".format(*kind, FORMAT, VERSION))
-                found = {}
-                for name, (count, shape, start) in json.loads(about["parameters"]).items():
-                    at, values = (file.get_tensor(f"{part}/{name}") for part in ("indices", "values"))
-                    if len(at) != count:
-                        raise ValueError(f"{name} has {len(at)} indices, not {count}")
-                    found[name] = Changed(at, values, tuple(shape), start)
-            return cls(found)
-        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is no sparse delta, or a damaged one: {error}. Copy it again, or give a file that "
-                "SparseDelta.save wrote with this version of perennial"
-            ) from None
-
-    @torch.no_grad()
-    def apply(self, model: nn.Module, strict: bool = True) -> None:
-        """Put the values into a model, in place: all, or none where anything does not fit.
-
-        Args:
-            model: the one that training started from; not strict, any that has these parameters.
-            strict: refuse weights other than the start's, bit for bit, in parameters that are not kept whole, and
-                other types.
-
-        Raises:
-            ValueError: names or shapes that the model lacks, another base model.
-        """
-        held = dict(bare_model(model).named_parameters())
-        for name, (_, _, shape, _) in self.parameters.items():
-            if name not in held or tuple(held[name].shape) != shape:
-                what = f"it is {list(held[name].shape)} there" if name in held else "there is none"
-                raise ValueError(
-                    f"the delta is of {name} {list(shape)}, but {what}; give the model that it was made of"
-                )
-        for name, (at, values, _, start) in self.parameters.items() if strict else ():
-            p = held[name]
-            if p.dtype != values.dtype:
-                raise ValueError(
-                    f"{name} is {p.dtype} in the model and {values.dtype} in the delta; convert the model, or pass "
-                    "strict=False, which rounds the values"
-                )
-            if len(at) < p.numel() and _fingerprint(p) != start:
-                raise ValueError(
-                    f"{name} is not what the training of this delta started from: this is another base model, or it is "
-                    "trained, or has the delta already. Load the base model anew, or pass strict=False"
-                )
-        for name, (at, values, _, _) in self.parameters.items():
-            held[name].put_(at.to(held[name].device), values.to(held[name]))
 
 
 def lora_rank_for(count: int, shapes: Iterable[Sequence[int]]) -> int:
@@ -436,15 +270,9 @@ def _start_of(name: str, p: Tensor, start: Mapping[str, Tensor] | float | None) 
     if start is None:
         return p.detach()
     if isinstance(start, Mapping):
-        _same_shape(name, start, p, "the start")
+        same_shape(name, start, p, "the start")
         return start[name].detach().to(p.device, p.dtype)
     return torch.as_tensor(start, dtype=p.dtype, device=p.device)
-
-
-def _same_shape(name: str, given: Mapping[str, Tensor], like: Tensor, where: str) -> None:
-    if name not in given or given[name].shape != like.shape:
-        what = f"{list(given[name].shape)}" if name in given else "missing"
-        raise ValueError(f"{name} is {what} in {where}, but {list(like.shape)} here; is it of another model?")
 
 
 def _require(given: Mapping[str, Tensor], what: str) -> None:
@@ -485,15 +313,3 @@ def _dimensions(name: str, d: Tensor, count: int, dims: str) -> Tensor:
 def _along(chosen: Tensor, like: Tensor, dims: str) -> Tensor:
     """A mask of whole rows or columns."""
     return chosen.unsqueeze(1 if dims == "rows" else 0).expand(like.shape).clone()
-
-
-def _bits(t: Tensor) -> Tensor:
-    """Flat; equal where all bits are, which 0 and -0 are not, and NaN is with itself."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.contiguous().flatten().view(whole)
-
-
-def _fingerprint(t: Tensor) -> str:
-    digest = hashlib.sha256(f"{t.dtype} {list(t.shape)}".encode())
-    digest.update(_bits(t.detach().cpu()).numpy().data)
-    return digest.hexdigest()

@@ -77,7 +77,7 @@ class Enforced:
         self.model = model
         self._gone = {name: ~mask.to(held[name].device) for name, mask in masks.items()}
         self._fill = {
-            name: torch.zeros((), device=held[name].device) if frozen is None else frozen[name].to(held[name].device)
+            name: (torch.zeros(()) if frozen is None else frozen[name]).to(held[name].device, held[name].dtype)
             for name in masks
         }
         self._names = {id(held[name]): name for name in masks}
@@ -92,7 +92,7 @@ class Enforced:
         """Put every pruned weight where it belongs: after weights were loaded, say."""
         held = dict(self.model.named_parameters())
         for name, gone in self._gone.items():
-            held[name].copy_(torch.where(gone, self._fill[name].to(held[name].dtype), held[name]))
+            held[name].copy_(torch.where(gone, self._fill[name], held[name]))
 
     def check(self) -> None:
         """Raise RuntimeError if a pruned weight has moved."""
@@ -133,7 +133,7 @@ class Enforced:
         for p, name in self._mine(optimizer):
             gone, fill = self._gone[name], self._fill[name]
             if fill.dim():
-                p.copy_(torch.where(gone, fill.to(p.dtype), p))
+                p.copy_(torch.where(gone, fill, p))
             else:
                 p.masked_fill_(gone, 0)
             for slot in optimizer.state.get(p, {}).values():
