@@ -37,6 +37,7 @@ from perennial.lm.learn import run_sequence
 from perennial.lm.stream import Job
 from perennial.parallel import Stopped
 from perennial.storage import RunError, read_tensors
+from perennial.studies import StudyError, TextStudy, load
 from perennial.tickets import SparseDelta
 
 QUICK = TextTraining(steps=3, batch_size=4, lr=1e-2, max_length=64)
@@ -470,6 +471,28 @@ def test_missing_texts_stop_a_run_before_it_begins(tmp_path: Path, monkeypatch: 
         run_stream(stream_of("minilm", "each"), tmp_path / "run", workers=1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts.methods.lora.lrr": 1}, "'lrr' is not a key here; did you mean 'lr'"),
+        ({"texts.methods.nlora.penalties.nlora.strenth": 1}, "strenth"),
+        ({"texts.adapters.ranks": 1}, "did you mean 'rank'"),
+        ({"texts.tasks": "order9"}, "no order 'order9'"),
+    ],
+)
+def test_mistakes_in_a_study_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        load("lm/order1", changes)
+
+
+def test_the_model_of_a_study_may_be_named() -> None:
+    study = load("lm/order1", {"model": "a/b", "texts.tasks": "order4", "seeds": 2})
+    assert isinstance(study, TextStudy)
+    assert (study.texts.model, len(study.texts.names), study.texts.seeds) == ("a/b", 15, (0, 1))
+    with pytest.raises(StudyError, match="'model' is not a key here"):
+        load("tickets/lenet-mnist", {"model": "a/b"})
+
+
 # Dominant tickets
 
 
@@ -574,8 +597,7 @@ def test_the_guide_runs() -> None:
 @slow
 def test_the_command_line_runs_a_small_stream(folders: dict[str, str], texts: Path) -> None:
     from perennial.lm import Adapters
-    from perennial.runs import RunError, execute
-    from perennial.studies import load
+    from perennial.runs import execute
 
     changes: dict[str, Any] = {
         "texts.model": folders["encoder"],

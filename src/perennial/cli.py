@@ -47,13 +47,21 @@ SetOption = Annotated[
 ]
 
 
-def _study(name: str, seeds: int | None, steps: int | None, settings: list[str] | None) -> Any:
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="The language model of a study that has one: a folder, a name on the hub, or `minilm`."),
+]
+
+
+def _study(name: str, seeds: int | None, steps: int | None, settings: list[str] | None, model: str | None) -> Any:
     try:
         changes = dict(parse_setting(text) for text in settings or [])
         if seeds is not None:
             changes["seeds"] = seeds
         if steps is not None:
             changes["steps"] = steps
+        if model is not None:
+            changes["model"] = model
         return load(name, changes)
     except StudyError as error:
         raise _fail(error) from None
@@ -65,6 +73,7 @@ def run(
     seeds: SeedsOption = None,
     steps: StepsOption = None,
     settings: SetOption = None,
+    model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="The run directory. Default: runs/STUDY.")] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on with the run that the directory holds; otherwise it is set aside and kept.")
@@ -84,7 +93,7 @@ def run(
     from perennial.cli_report import write_report
     from perennial.runs import RunError, execute
 
-    expanded = _study(study, seeds, steps, settings)
+    expanded = _study(study, seeds, steps, settings, model)
     directory = out or Path("runs") / study.replace("/", "-").removesuffix(".yaml")
     try:
         execute(
@@ -133,10 +142,14 @@ def _summary(directory: Path) -> None:
 
 @app.command()
 def show(
-    study: StudyArgument, seeds: SeedsOption = None, steps: StepsOption = None, settings: SetOption = None
+    study: StudyArgument,
+    seeds: SeedsOption = None,
+    steps: StepsOption = None,
+    settings: SetOption = None,
+    model: ModelOption = None,
 ) -> None:
     """Print a study with everything spelled out, as YAML that can be saved, changed and run."""
-    sys.stdout.write(as_yaml(_study(study, seeds, steps, settings)))
+    sys.stdout.write(as_yaml(_study(study, seeds, steps, settings, model)))
 
 
 @app.command("list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
@@ -163,7 +164,7 @@ def _explained(error: Any, model: type[BaseModel], lines: Lines) -> str:
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         owner: Any = model
         for key in path[:-1]:
-            owner = typing.get_type_hints(owner).get(key, MethodEntry)
+            owner = _within(owner, key)
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else owner.model_fields
         return _place(f"{where}: {path[-1]!r} is not a key here; {nearest(path[-1], known)}", lines)
     if error["type"] in ("missing", "missing_argument"):
@@ -171,6 +172,16 @@ def _explained(error: Any, model: type[BaseModel], lines: Lines) -> str:
     if error["type"] == "value_error":
         return _place(f"{where}: {error['msg'].removeprefix('Value error, ')}", lines)
     return _place(f"{where} is {error['input']!r}: {error['msg'].lower()}", lines)
+
+
+def _within(owner: Any, key: str) -> Any:
+    """The type of what stands under a key of a mapping, in a tuple, or in a record."""
+    inside = [part for part in typing.get_args(owner) if part is not ...]
+    if typing.get_origin(owner) is types.UnionType:
+        owner = next(part for part in inside if part is not type(None))
+    elif inside:
+        return inside[-1]
+    return typing.get_type_hints(owner)[key]
 
 
 def _name(source: str) -> str:
