@@ -961,6 +961,7 @@ def test_compiled_with_methods_that_need_signals() -> None:
     assert torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_by_inductor() -> None:
     model, keeper = compiled(OFTEN, backend="inductor", fullgraph=True)

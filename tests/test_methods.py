@@ -74,11 +74,12 @@ def test_has_a_reference(method: type[Method]) -> None:
 
 
 def _trajectories() -> list[Any]:
-    """Every row for a few steps of three samples, each method's first for a hundred of one sample as well; slow are
-    twice as many of the first row, those of one sample of the other rows, and variants."""
+    """Every row for a few steps of three samples, the first of each method that replaces units for a hundred of one
+    sample as well; slow are twice as many of the first row, those of one sample of the other rows, and variants."""
     rows = []
     for case in EVERY_CASE:
-        lengths = [(1, 200, True), (1, 100, False), (3, 40, False)]  # samples, steps, whether slow
+        replaces = {"replacement_rate", "reinitialise"} & {f.name for f in dataclasses.fields(case.method)}
+        lengths = [(1, 200, True), (1, 100, not replaces), (3, 40, False)]  # samples, steps, whether slow
         if case != FIRST[case.method]:
             lengths = [(1, 100, True), (3, 20, case.variant)]
         for batch, usual, slow in lengths:
@@ -122,7 +123,7 @@ def test_equals_the_reference_trajectory(case: Case, batch: int, steps: int) -> 
         assert replacements > 1, "too few replacements to compare"
 
 
-@every_case
+@every_case_slowly
 def test_the_reference_depends_on_every_setting(case: Case) -> None:
     """A row whose setting moves nothing would compare nothing."""
     own = {k: v for k, v in case.settings.items() if k in case.method.scalars() and v != 0}
@@ -349,7 +350,7 @@ def test_every_setting_and_state_field_is_documented(method: type[Method]) -> No
     assert re.fullmatch(r"[a-z0-9_]+", method.name)
 
 
-@every_case
+@every_case_slowly
 def test_step_and_event_are_pure(case: Case) -> None:
     """Neither parameters, nor gradients, nor state, nor the global random state change under a method's hands."""
     population = populate([case.lane(seed=0)])
@@ -514,6 +515,7 @@ class _Drawn(Rule):
         return {name: context.noise.uniform(name, elements(w)).to(w.dtype) for name, w in params.items()}, state
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_uniform_noise_compiled_is_uncompiled_bit_for_bit() -> None:
     made = []

@@ -505,8 +505,11 @@ def test_the_oracle_takes_no_unit_for_silent_that_is_not(name: str) -> None:
 LARGE = frozenset({
     "t5_gated", "lora_on_llama", "llama_eager", "llama_training", "resnet18_evaluating", "vit",
     "transformer_encoder_norm_first_training", "transformer_encoder_norm_last_evaluating",
+    "transformer_encoder_norm_first_evaluating", "transformer_encoder_norm_last_training", "llama_sdpa", "t5",
+    "depthwise_separable",
 })  # fmt: skip
-"""Networks that take the oracle long, each of them a variant of one that is tried with the quick tests."""
+"""Networks that take the oracle long, each of parts that are tried with the quick tests, and most of them a variant of
+a network that is: a ResNet, BERT, GPT-2 and LoRA on BERT are."""
 
 ADDS_INPUTS = frozenset({"noise_of_the_units_shape"})
 """Networks that add something to their units that no parameter makes."""
@@ -805,21 +808,35 @@ def test_every_layer_of_many_random_networks_is_proved(
     _hold_the_map_of(kind, blocks, seed, training)
 
 
-@pytest.mark.parametrize(
-    "kind", ["vectors", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sequences", "pictures"))]
-)
-@pytest.mark.parametrize("block", sorted(set(BLOCKS)))
-def test_every_block_between_two_layers(kind: str, block: str) -> None:
-    for j in range(6 if block in ("unknown", "leak", "norm", "written", "overwritten") else 2):
+def _between() -> list[Any]:
+    """(kind, block, the second numbers that choose its details); slow are all but two of the numbers, on vectors."""
+    rows = []
+    for block in sorted(set(BLOCKS)):
+        many = block in ("unknown", "leak", "norm", "written", "overwritten")
+        for kind in ("vectors", "sequences", "pictures"):
+            usual = range(6 if many and kind != "vectors" else 2)
+            marks = pytest.mark.slow if kind != "vectors" else ()
+            rows.append(pytest.param(kind, block, usual, id=f"{block}-{kind}", marks=marks))
+        if many:
+            more = pytest.param("vectors", block, range(2, 6), id=f"{block}-vectors, more", marks=pytest.mark.slow)
+            rows.append(more)
+    return rows
+
+
+@pytest.mark.parametrize(("kind", "block", "numbers"), _between())
+def test_every_block_between_two_layers(kind: str, block: str, numbers: range) -> None:
+    for j in numbers:
         _hold_the_map_of(kind, [(block, 2, j), ("layer", 1, 1)], j, bool(j % 2))
 
 
 @pytest.mark.parametrize(("kind", "blocks", "silent"), [
-    ("pictures", [("written", 0, 2), ("part", 0, 1)], ["parts.0.0"]),
-    ("pictures", [("layer", 0, 1), ("grouped", 0, 0), ("part", 0, 0), ("part", 0, 0)], []),
-    ("pictures", [("layer", 2, 1), ("grouped", 0, 0), ("part", 0, 0), ("part", 0, 0)], []),
-], ids=["all that reads them is dropped", "one of two units", "two of four units"])  # fmt: skip
-@pytest.mark.parametrize("training", [False, True])
+    pytest.param("pictures", [("written", 0, 2), ("part", 0, 1)], ["parts.0.0"], id="all that reads them is dropped"),
+    pytest.param("pictures", [("layer", 0, 1), ("grouped", 0, 0), ("part", 0, 0), ("part", 0, 0)], [],
+                 id="one of two units"),
+    pytest.param("pictures", [("layer", 2, 1), ("grouped", 0, 0), ("part", 0, 0), ("part", 0, 0)], [],
+                 id="two of four units", marks=pytest.mark.slow),
+])  # fmt: skip
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_units_without_effect_are_said_to_have_none(
     kind: str, blocks: list[tuple[str, int, int]], silent: list[str], training: bool
 ) -> None:
@@ -906,7 +923,7 @@ def test_shifted_columns_are_caught(name: str) -> None:
     [
         "two_heads_of_a_trunk",
         "highway",
-        "transformer_encoder_norm_first_evaluating",
+        pytest.param("transformer_encoder_norm_first_evaluating", marks=pytest.mark.slow),
         pytest.param("bert", marks=pytest.mark.slow),
     ],
 )
@@ -1022,7 +1039,13 @@ LIVED_IN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LIVED_IN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in LARGE or n in ("resnet18_training", "gpt2") else ())
+        for n in LIVED_IN
+    ],
+)
 def test_tracing_and_proving_leave_no_trace(name: str) -> None:
     example = _quietly(name)
     model = example.model
@@ -1044,8 +1067,9 @@ def test_tracing_and_proving_leave_no_trace(name: str) -> None:
     assert _same(inputs, leaves((example.args, example.kwargs)))
 
 
-def test_two_traces_and_two_proofs_are_alike() -> None:
-    example = _quietly("resnet18_training")
+@pytest.mark.parametrize("name", ["inverted_residual", pytest.param("resnet18_training", marks=pytest.mark.slow)])
+def test_two_traces_and_two_proofs_are_alike(name: str) -> None:
+    example = _quietly(name)
     first, second = (trace(example.model, *example.args) for _ in range(2))
     assert [layer.name for layer in first] == [layer.name for layer in second]
     assert (first.refused, first.outputs, first.order) == (second.refused, second.outputs, second.order)

@@ -10,7 +10,7 @@ import yaml
 
 from perennial import report
 from perennial.storage import read_json
-from perennial.studies import SupplyStudy, TicketStudy, load
+from perennial.studies import DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, load
 
 
 def write_report(directory: Path) -> Path:
@@ -25,11 +25,18 @@ def write_report(directory: Path) -> Path:
         return report.write_report(directory)
     command = str((read_json(directory / "environment.json") or {}).get("command", ""))
     text = (directory / "study.yaml").read_text()
+    words = {name: getattr(study, name) for name in ("title", "description", "source")}
+    words |= {"command": command, "study_text": text}
+    if isinstance(study, TextStudy | DominantStudy):
+        from perennial.report import lm_page
+
+        if isinstance(study, TextStudy):
+            return lm_page.write_text_report(study.texts, directory, **words)
+        return lm_page.write_dominant_report(study.dominant, directory, **words)
     if isinstance(study, TicketStudy):
         from perennial.report.tickets_page import write_ticket_report
 
-        words = {name: getattr(study, name) for name in ("title", "description", "source")}
-        return write_ticket_report(study.tickets, directory, **words, command=command, study_text=text)
+        return write_ticket_report(study.tickets, directory, **words)
     from perennial.report.supply_page import write_supply_report
 
     return write_supply_report(study, directory, command=command, study_text=text)
@@ -40,6 +47,12 @@ def summary_table(directory: Path) -> polars.DataFrame:
     study = _other(directory)
     if study is None:
         return report.summary_table(directory)
+    if isinstance(study, TextStudy | DominantStudy):
+        from perennial.report import lm_page
+
+        if isinstance(study, TextStudy):
+            return lm_page.text_summary(study.texts, directory)
+        return lm_page.dominant_summary(study.dominant, directory)
     if isinstance(study, TicketStudy):
         from perennial.report.tickets_page import ticket_summary
 
@@ -49,7 +62,7 @@ def summary_table(directory: Path) -> polars.DataFrame:
     return supply_summary(study, directory)
 
 
-def _other(directory: Path) -> TicketStudy | SupplyStudy | None:
+def _other(directory: Path) -> OtherStudy | None:
     """The study in a run directory, if it is not made of parts."""
     try:
         tree: Any = yaml.safe_load((directory / "study.yaml").read_text())
@@ -58,4 +71,4 @@ def _other(directory: Path) -> TicketStudy | SupplyStudy | None:
     if not isinstance(tree, dict) or "parts" in tree:
         return None
     study = load(str(directory / "study.yaml"))
-    return study if isinstance(study, (TicketStudy, SupplyStudy)) else None
+    return None if isinstance(study, Study) else study
