@@ -108,8 +108,8 @@ def write_dominant_report(experiment: DominantTickets, directory: Path, **about:
 
 _SEQUENCE_NOTE = [
     "Mean over seeds with its 95% bootstrap interval; of three seeds it is hardly more than their range. Forgetting "
-    "is the best score that a task ever had less its score at the end; learning accuracy is the score on each task when "
-    "it was just learned. Training loss is without penalties, mean over all steps.",
+    "is the best score that a task ever had less its score at the end; learning accuracy is the score on each task "
+    "when it was just learned. Training loss is without penalties, mean over all steps.",
 ]
 _LEARNING_NOTE = [
     "A model that learns the task alone begins at the pretrained weights, with the same texts in the same order. Below "
@@ -118,8 +118,8 @@ _LEARNING_NOTE = [
 ]
 _ADAPTER_NOTE = [
     "An entry of an update counts as changed above a tenth of the root mean square of all updates of a run. Two "
-    "updates collide where both changed. By chance: what independent places would give at the same densities. A ratio of 1 "
-    "says that nothing is avoided beyond sparsity.",
+    "updates collide where both changed. By chance: what independent places would give at the same densities. A "
+    "ratio of 1 says that nothing is avoided beyond sparsity.",
 ]
 _TICKET_NOTE = [
     "In brackets the trained weights, without the classifier, which is always trained. Differences are paired by seed.",

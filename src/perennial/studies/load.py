@@ -193,7 +193,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip() or not value.strip():
         raise StudyError(f"--set {text!r}: write key=value, for example steps=1000 or methods.adam.rule.lr=1e-3,1e-4")
-    source = f"[{value}]" if "," in value and not value.lstrip().startswith("[") else value
+    source = f"[{value}]" if "," in value and not value.lstrip().startswith(("[", "{")) else value
     try:
         parsed = yaml.safe_load(source)
     except yaml.YAMLError:
