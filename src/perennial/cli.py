@@ -154,10 +154,11 @@ def show(
 
 @app.command("list")
 def list_() -> None:
-    """List what ships: studies, streams, networks, methods with their settings, and metrics."""
+    """List what ships: studies, streams, networks, methods and penalties with their settings, and metrics."""
     import yaml
 
     from perennial import methods, networks, streams
+    from perennial.lm import PENALTIES
     from perennial.methods import Rule
     from perennial.metrics import METRICS
 
@@ -168,6 +169,7 @@ def list_() -> None:
         ("Optimizer rules", {m.name: _first_line(m) for m in methods.REGISTRY if issubclass(m, Rule)}),
         ("Interventions", {m.name: _first_line(m) for m in methods.REGISTRY if not issubclass(m, Rule)}),
         ("Probes", {m.name: _first_line(m) for m in methods.PROBES}),
+        ("Penalties on LoRA updates", {p.name: _first_line(p) for p in PENALTIES.values()}),
         ("Metrics", {m.name: f"{m.title} [dim](of {m.of})[/]" for m in METRICS.values()}),
     ):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
@@ -180,7 +182,9 @@ def list_() -> None:
 def _first_line(cls: type[Any]) -> str:
     """The first sentence of a docstring, and the settings with their defaults."""
     sentence = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
-    settings = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
+    settings = ", ".join(
+        f.name if f.default is dataclasses.MISSING else f"{f.name}={f.default}" for f in dataclasses.fields(cls)
+    )
     return sentence + (f" [dim]({settings})[/]" if settings else "")
 
 

@@ -75,8 +75,9 @@ class Penalty:
 
 @dataclass(frozen=True)
 class NLoRA(Penalty):
-    r"""The L1 norm of the update (N-LoRA, COLING 2025): :math:`\lambda \sum \lVert \Delta W \rVert_1`,
-    :math:`\Delta W = s B A`.
+    r"""The L1 norm of the update (N-LoRA, COLING 2025).
+
+    .. math:: \lambda \sum \lVert \Delta W \rVert_1, \qquad \Delta W = s B A
 
     The gradients, :math:`s\,G A^\top` and :math:`s\,B^\top G` with :math:`G = \operatorname{sign}(B A)`, are made block
     by block as the value is: no matrix of the update's size is held, in memory or in a graph.
@@ -136,8 +137,9 @@ class NLoRA(Penalty):
 
 @dataclass(frozen=True)
 class OLoRA(Penalty):
-    r"""Orthogonality to earlier adapters (O-LoRA, Findings of EMNLP 2023):
-    :math:`\lambda \sum \sum_{ij} \lvert A\,A_{old}^\top \rvert_{ij} + \lambda_2 (\lVert A \rVert + \lVert B \rVert)`.
+    r"""Orthogonality to earlier adapters (O-LoRA, Findings of EMNLP 2023).
+
+    .. math:: \lambda \sum \sum_{ij} \lvert A\,A_{old}^\top \rvert_{ij} + \lambda_2 (\lVert A \rVert + \lVert B \rVert)
 
     As published and as the authors' code has it: A is the down-projection, whose rows span the update's row space,
     entries are not squared, and the second term is the norm itself. It can be satisfied by shrinking A. With
@@ -170,8 +172,10 @@ class OLoRA(Penalty):
 
 @dataclass(frozen=True)
 class L2Update(Penalty):
-    r"""The squared Frobenius norm of the update, :math:`\lambda \sum \lVert \Delta W \rVert_F^2`, from products of
-    :math:`r \times r`: :math:`s^2 \operatorname{tr}(B^\top B\, A A^\top)`."""
+    r"""The squared Frobenius norm of the update.
+
+    .. math:: \lambda \sum \lVert \Delta W \rVert_F^2 = \lambda \sum s^2 \operatorname{tr}(B^\top B\, A A^\top)
+    """
 
     name: ClassVar[str] = "l2"
 
@@ -182,7 +186,9 @@ class L2Update(Penalty):
 
 @dataclass(frozen=True)
 class NuclearNorm(Penalty):
-    r"""The sum of the update's singular values, :math:`\lambda \sum \lVert \Delta W \rVert_*`, which prefers few ranks.
+    r"""The sum of the update's singular values, which prefers few ranks.
+
+    .. math:: \lambda \sum \lVert \Delta W \rVert_*
 
     From the QR decompositions of both factors. The subgradient is :math:`U V^\top` over the singular values that are
     not zero, so that an adapter at its start (B = 0) is not moved.
