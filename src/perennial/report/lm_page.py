@@ -112,7 +112,8 @@ _SEQUENCE_NOTE = [
     "when it was just learned. Training loss is without penalties, mean over all steps.",
 ]
 _LEARNING_NOTE = [
-    "A model that learns the task alone begins at the pretrained weights, with the same texts in the same order. Below "
+    "A model that learns the task alone begins at the pretrained weights, with the same texts in the same order, and "
+    "trains all weights or an adapter, as the method does (an adapter where the study has no other). Below "
     "zero, what was learned before makes the task harder to learn. If that grows along the sequence, plasticity is "
     "lost.",
 ]

@@ -55,11 +55,15 @@ def tabulate_texts(stream: TextStream, directory: Path) -> TextTables:
     if not found:
         raise NoResultsError(f"{directory} has no finished sequence of tasks yet; run the study again to go on with it")
     found = {method: found[method] for method in stream.methods if method in found}
-    alone = next((found[m] for m, recipe in stream.methods.items() if recipe.tasks == "alone" and m in found), {})
+    singles = {
+        recipe.trains: found[m] for m, recipe in stream.methods.items() if recipe.tasks == "alone" and m in found
+    }
+    any_single = next(iter(singles.values()), {})
     methods, collisions, tasks = [], [], []
     matrices, ratios = {}, {}
     for method, by_seed in found.items():
         kind, label = stream.methods[method].tasks, stream.methods[method].label or method
+        alone = singles.get(stream.methods[method].trains, any_single)
         scores = {s: np.array(r["scores"], dtype=np.float64) for s, r in by_seed.items()}
         matrices[method] = np.mean(list(scores.values()), axis=0)
         rows = [_sequence(kind, scores[s], r, alone.get(s)) for s, r in by_seed.items()]
