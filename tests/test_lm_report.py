@@ -166,6 +166,17 @@ def test_scores_of_tickets_by_hand_and_their_page(tmp_path: Path) -> None:
     assert "yelp: Ticket of another task, 50%" in dominant_summary(search(), tmp_path)["Trained"].to_list()
 
 
+def test_matrices_without_a_weight_of_the_ticket_have_no_overlap(tmp_path: Path) -> None:
+    write_search(tmp_path)
+    for job in search().jobs():
+        if job.kind == "find":
+            weights = {f"encoder.layer.{k}.output.dense.weight": torch.full((4, 2), float(1 - k)) for k in (0, 1)}
+            write_tensors(job.distances(tmp_path), weights)
+    checked(write_dominant_report(search(), tmp_path, **ABOUT))
+    rows = tabulate_dominant(search(), tmp_path).overlap
+    assert rows.filter(rows["matrix"].str.contains("layer.1"))["iou"].to_list() == [None, None]
+
+
 def test_the_command_line_knows_both(tmp_path: Path) -> None:
     from perennial.cli_report import summary_table, write_report
     from perennial.studies import as_yaml, load

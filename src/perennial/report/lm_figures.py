@@ -226,9 +226,10 @@ def _overlap(tables: DominantTables) -> Drawing | None:
     if rows.is_empty():
         return None
     first = rows["selection"][0]
-    values = {
-        r["matrix"]: r["iou"] / r["floor"] for r in rows.filter(pl.col("selection") == first).iter_rows(named=True)
-    }
+    there = rows.filter((pl.col("selection") == first) & (pl.col("floor") > 0) & pl.col("iou").is_not_null())
+    if there.is_empty():
+        return None
+    values = {r["matrix"]: r["iou"] / r["floor"] for r in there.iter_rows(named=True)}
     title = f"Overlap of the tickets of two tasks by what chance gives, by matrix ({first})"
     return _by_matrix("overlap", title, values, "{:.0f}")
 

@@ -202,6 +202,6 @@ def tabulate_dominant(experiment: DominantTickets, directory: Path) -> DominantT
         pairs = (
             pairs.with_columns(other.alias("relation"))
             .group_by("selection", "relation", "matrix", maintain_order=True)
-            .agg(pl.col("iou", "floor").mean())
+            .agg(pl.col("iou", "floor").fill_nan(None).mean())  # of matrices where neither ticket has a weight
         )
     return DominantTables(pl.DataFrame(rows), pl.DataFrame(kept), pairs, len(found))
