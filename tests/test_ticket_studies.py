@@ -158,6 +158,7 @@ def command(out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "perennial.cli", "run", "tickets/lenet-mnist", "--out", str(out), *SMALL, *more]
 
 
+@pytest.mark.slow
 @needs_mnist
 def test_a_search_end_to_end(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command(tmp_path / "run", "--workers", "2")[3:])

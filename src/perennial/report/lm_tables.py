@@ -18,6 +18,8 @@ QUANTITIES = ("average", "forgetting", "backward_transfer", "learning", "against
 """Measures of a sequence, a column each with ``_low`` and ``_high`` of its interval."""
 OF_PAIRS = ("collision_rate", "collision_floor", "collision_ratio", "row_cosine", "update_cosine")
 """Measures of every two adapters, means over them."""
+_PLACED = ("ticket", "random", "magnitude", "lora")
+"""Kinds of training that have a random counterpart of as many weights."""
 OF_ADAPTERS = ("sparsity", "zeros", "nuclear_norm", "effective_rank")
 """Measures of adapters, means over them."""
 
@@ -178,7 +180,7 @@ def tabulate_dominant(experiment: DominantTickets, directory: Path) -> DominantT
         samples = [
             {
                 "score": r["score"],
-                "against_random": r["score"] - random[s]["score"] if s in random and source else np.nan,
+                "against_random": r["score"] - random[s]["score"] if s in random and kind in _PLACED else np.nan,
                 "against_full": r["score"] - full[s]["score"] if s in full else np.nan,
             }
             for s, r in by_seed.items()
