@@ -1,6 +1,6 @@
 """What the penalties of continual LoRA cost, as a share of a training step of T5-large.
 
-    python benchmarks/adapters.py [--batch 4] [--tokens 64] [--rounds 3]
+    python benchmarks/adapters.py [--batch 8] [--tokens 64] [--rounds 3]
 
 T5-large with random weights (737 million, 144 adapted matrices of 1024 x 1024, rank 8) is trained on random tokens with
 one earlier adapter in each matrix: forward, backward, AdamW. Steps and penalties (value and gradients) are timed in
@@ -31,7 +31,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()

@@ -49,7 +49,7 @@ from perennial.lm.models import Encoder, choice_loss
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 
 
-def factors(rank: int = 3, inputs: int = 7, outputs: int = 300, scaling: float = 2.0, seed: int = 0) -> Factors:
+def factors(rank: int = 3, inputs: int = 7, outputs: int = 600, scaling: float = 2.0, seed: int = 0) -> Factors:
     g = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((rank, inputs), (outputs, rank)))
     return Factors(a.requires_grad_(), b.requires_grad_(), scaling)
@@ -313,7 +313,7 @@ def test_value_and_gradients_equal_autograd_of_the_formula(penalty: Penalty) -> 
     square = isinstance(penalty, NLoRA) and penalty.form == "published"
     pairs = []
     for seed in range(2):
-        new = factors(outputs=7 if square else 300, seed=seed)  # 300: more than one block of rows
+        new = factors(outputs=7 if square else 600, seed=seed)  # 600: more than one block of rows
         pairs.append(Pair(f"layer{seed}", new, factors(seed=9 + seed).down.detach()))
     found, expected = penalty.on(pairs), sum((plain(penalty, pair) for pair in pairs), torch.zeros(()))
     assert torch.allclose(found, expected.double(), rtol=1e-12)
@@ -344,7 +344,7 @@ def test_low_precision_is_penalised_in_float32() -> None:
 
 
 def test_the_published_form_needs_square_matrices() -> None:
-    with pytest.raises(ValueError, match=r"multiplies A \[3, 7\] by B \[300, 3\].*layer.*form='update'"):
+    with pytest.raises(ValueError, match=r"multiplies A \[3, 7\] by B \[600, 3\].*layer.*form='update'"):
         NLoRA(1.0, form="published").on([Pair("layer", factors(), None)])
 
 
