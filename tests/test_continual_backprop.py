@@ -459,9 +459,12 @@ def _normal_net() -> nn.Module:
 
 
 @pytest.mark.parametrize(("factory", "expected"), [
-    (lambda: MLP(hidden=(9, 7)).build(6, 2),
-     {"1.weight": stats.uniform(-1, 2), "3.weight": stats.uniform(-math.sqrt(6 / 9), 2 * math.sqrt(6 / 9)),
-      "1.bias": 0.0, "3.bias": 0.0}),
+    pytest.param(
+        lambda: MLP(hidden=(9, 7)).build(6, 2),
+        {"1.weight": stats.uniform(-1, 2), "3.weight": stats.uniform(-math.sqrt(6 / 9), 2 * math.sqrt(6 / 9)),
+         "1.bias": 0.0, "3.bias": 0.0},
+        marks=pytest.mark.slow,
+    ),
     (lambda: MLP(hidden=(9, 7), init="default").build(6, 2),
      {"1.weight": stats.uniform(-(6**-0.5), 2 * 6**-0.5), "1.bias": stats.uniform(-(6**-0.5), 2 * 6**-0.5),
       "3.weight": stats.uniform(-1 / 3, 2 / 3), "3.bias": stats.uniform(-1 / 3, 2 / 3)}),

@@ -48,8 +48,9 @@ METHODS: dict[str, Intervention] = {
     "l2 init": L2Init(rate=1e-2, coupled=True),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+NOT_FEW = ("self-normalized resets", "redo")
 few_methods = pytest.mark.parametrize("method", [
-    pytest.param(method, id=name, marks=pytest.mark.slow if name in ("self-normalized resets", "redo") else ())
+    pytest.param(method, id=name, marks=pytest.mark.slow if name in NOT_FEW else ())
     for name, method in METHODS.items()
 ])  # fmt: skip
 """The same, slow but for one method that replaces units, one that needs none, and one that adds to the loss."""
@@ -142,7 +143,7 @@ def ages(keeper: Keeper) -> dict[str, list[int]]:
 # --- plain loops ----------------------------------------------------------------------------------------------------
 
 
-@every_method
+@few_methods
 def test_plain_loop_resumes_in_the_middle_of_maturity(method: Intervention, tmp_path: Path) -> None:
     whole, unbroken = plain(method, 31)
 
@@ -174,7 +175,10 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", [
+    pytest.param(made, id=name, marks=pytest.mark.slow if name in ("warm restarts", "sequence") else ())
+    for name, made in SCHEDULES.items()
+])  # fmt: skip
 def test_learning_rate_schedulers(schedule: Callable[[Any], Any]) -> None:
     """Attached before the scheduler is made or after it: the same; off: as without."""
 
@@ -392,11 +396,11 @@ def test_accelerate_accumulates_gradients(accelerator: Callable[..., Any]) -> No
     assert_same_state(keeper, other)
 
 
-@pytest.mark.parametrize(
-    ("method", "order"),
-    [*((method, "before") for method in METHODS.values()), (OFTEN, "after")],
-    ids=[*METHODS, "after"],
-)
+@pytest.mark.parametrize(("method", "order"), [
+    *(pytest.param(method, "before", id=name, marks=pytest.mark.slow if name in NOT_FEW else ())
+      for name, method in METHODS.items()),
+    pytest.param(OFTEN, "after", id="after"),
+])  # fmt: skip
 def test_accelerate_resumes(accelerator: Callable[..., Any], method: Intervention, order: str, tmp_path: Path) -> None:
     if isinstance(method, Regulariser):
         method = dataclasses.replace(method, coupled=False)
@@ -656,6 +660,10 @@ def keep_dqn(agent: Any, method: Intervention) -> list[Keeper]:
 AGENTS = {"PPO": 160, "SAC": 60, "DQN": 60}
 """Environment steps, by algorithm."""
 every_agent = pytest.mark.parametrize("name", AGENTS)
+some_agents = pytest.mark.parametrize(
+    "name", ["PPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SAC", "DQN"))]
+)
+"""The same, slow but for one."""
 
 
 @every_agent
@@ -686,7 +694,7 @@ def test_sb3_draws_fresh_weights_of_ppo_as_its_factory_does() -> None:
     student.learn(64)
 
 
-@every_agent
+@some_agents
 def test_sb3_off_changes_no_bit(name: str) -> None:
     student, other = agent(name), agent(name)
     keep_agent(name, student, OFF)
@@ -696,7 +704,7 @@ def test_sb3_off_changes_no_bit(name: str) -> None:
     assert_same(student.policy, other.policy)
 
 
-@pytest.mark.parametrize("name", ["PPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SAC", "DQN"))])
+@some_agents
 def test_sb3_resumes(name: str, tmp_path: Path) -> None:
     """Loading makes a new agent whose optimizers have no keeper yet: attach, then load the parameters once more."""
     first = agent(name)
@@ -871,7 +879,7 @@ WITH_DDP = [*METHODS, "continual backprop, attached first", "l2 init, attached f
 
 
 @pytest.mark.parametrize(("processes", "labels"), [
-    pytest.param(2, ["continual backprop", "shrink and perturb", "l2 init, attached first"], id="2, some"),
+    pytest.param(2, ["continual backprop", "l2 init, attached first"], id="2, some"),
     pytest.param(2, WITH_DDP, id="2", marks=pytest.mark.slow),
     pytest.param(4, WITH_DDP, id="4", marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -1038,7 +1046,10 @@ def test_compiled_in_place() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("same", [True, False], ids=["the model itself", "another of its class"])
+@pytest.mark.parametrize("same", [
+    pytest.param(True, id="the model itself"),
+    pytest.param(False, id="another of its class", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_compiled_before_the_first_attach_is_an_error_until_reset(same: bool) -> None:
     model, other = network(), network(seed=1)
     fast, optimizer = torch.compile(model, backend="aot_eager"), adam(model)

@@ -272,7 +272,7 @@ def test_wasserstein_pulls_each_weight_to_the_initial_value_of_its_rank() -> Non
 # --- Parseval and spectral ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 0.25])
 def test_parseval_makes_rows_orthogonal_or_columns_where_rows_cannot_be(scale: float) -> None:
     def factory() -> nn.Module:
         return nn.Sequential(network(), nn.Linear(3, 7), nn.Linear(7, 2))

@@ -56,7 +56,6 @@ def _rows(kind: type[Method] = Method, first_only: bool = False) -> list[Any]:
     ]
 
 
-every_case = pytest.mark.parametrize("case", _rows())
 every_case_slowly = pytest.mark.parametrize("case", _rows(first_only=True))
 every_method = pytest.mark.parametrize("method", REGISTRY, ids=lambda m: m.name)
 
@@ -307,30 +306,35 @@ def test_refuses_unknown_settings(method: type[Method]) -> None:
 
 
 def _edges() -> list[Any]:
+    """(case, the settings of one lane after another): an end of a range each, as many lanes as share a structure."""
     rows = []
     for case in {c.method: c for c in CASES}.values():
+        together, alone = [], []
+        defaults = {f.name: f.default for f in dataclasses.fields(case.method)}
         for field in scalar_fields(case.method):
             data = field.metadata
             edges = ([] if data["open_low"] else [data["low"]]) + ([] if data["open_high"] else [data["high"]])
-            rows += [
-                pytest.param(case, field.name, float(edge), id=f"{case.method.name}.{field.name}={edge:g}")
-                for edge in edges
-                if math.isfinite(edge)
-            ]
-        for field in whole_fields(case.method):
-            edge, name = field.metadata["whole_low"], f"{case.method.name}.{field.name}"
-            rows.append(pytest.param(case, field.name, edge, id=f"{name}={edge}"))
+            optional = case.settings.get(field.name, defaults[field.name]) is None  # set, it is another structure
+            for edge in edges:
+                if math.isfinite(edge):
+                    (alone if optional else together).append((field.name, float(edge)))
+        alone += [(field.name, field.metadata["whole_low"]) for field in whole_fields(case.method)]
+        for ends in ([together] if together else []) + [[one] for one in alone]:
+            said = ", ".join(f"{name}={edge:g}" for name, edge in ends)
+            rows.append(pytest.param(case, ends, id=f"{case.method.name}: {said}"))
     return rows
 
 
-@pytest.mark.parametrize(("case", "name", "edge"), _edges())
-def test_works_at_the_ends_of_the_range(case: Case, name: str, edge: float) -> None:
+@pytest.mark.parametrize(("case", "ends"), _edges())
+def test_works_at_the_ends_of_the_range(case: Case, ends: list[tuple[str, float]]) -> None:
     """What is allowed must work: nothing is divided by zero at an end that the range includes."""
-    population = populate([case.lane(seed=0, **{name: edge})])
+    population = populate([case.lane(seed=0, **{name: edge}) for name, edge in ends])
     population.advance(case.until_events(5))
-    assert int(population.state.diverged) == -1
-    for leaf in population.state_dict().values():
-        assert not torch.isnan(leaf.to(torch.float64)).any()
+    for number, end in enumerate(ends):
+        state = lane(population, number)
+        assert int(state.diverged) == -1, end
+        for leaf in torch.utils._pytree.tree_leaves(state):
+            assert not torch.isnan(leaf.to(torch.float64)).any(), end
 
 
 @every_method

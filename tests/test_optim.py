@@ -152,7 +152,10 @@ def test_every_rule_has_a_class_with_a_signature_and_a_page() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [pytest.param(m, id=n, marks=() if n in SOME else pytest.mark.slow) for n, m in (OURS | CONTROLS).items()],
+    [
+        pytest.param(m, id=n, marks=() if n in SOME and n != "UPGD" else pytest.mark.slow)
+        for n, m in (OURS | CONTROLS).items()
+    ],
 )
 def test_the_loss_falls_under_schedulers(make: Make) -> None:
     model = network()
@@ -510,30 +513,32 @@ def test_the_compiled_sigmoid_is_exact_to_two_bits() -> None:
 # --- the arithmetic -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "rule", [pytest.param(r, id=r.name, marks=() if r.__name__ in SOME else pytest.mark.slow) for r in RULES]
-)
-def test_equals_the_lane_of_a_population(rule: type[Rule]) -> None:
-    """200 steps, the same seed, a float64 lane; the lane equals an independent statement (tests/test_methods.py)."""
+@pytest.mark.parametrize(("rule", "steps"), [
+    *(pytest.param(r, 60, id=f"{r.name}-60") for r in RULES if r.__name__ in SOME),
+    *(pytest.param(r, 200, id=r.name, marks=pytest.mark.slow) for r in RULES),
+])  # fmt: skip
+def test_equals_the_lane_of_a_population(rule: type[Rule], steps: int) -> None:
+    """The same seed, a float64 lane; the lane equals an independent statement (tests/test_methods.py)."""
     settings = {"lr": 0.01} | SETTINGS.get(rule.__name__, {})
-    _compare_to_population(rule(**settings), {}, settings)
+    _compare_to_population(rule(**settings), {}, settings, steps)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "steps"),
     [
-        {"granularity": "feature", "noise_std": 0.1},
-        pytest.param({"granularity": "feature", "scope": "local", "protect": False}, marks=pytest.mark.slow),
-        pytest.param({"gated": "output", "doubled": True}, marks=pytest.mark.slow),
+        ({"granularity": "feature", "noise_std": 0.1}, 60),
+        pytest.param({"granularity": "feature", "noise_std": 0.1}, 200, marks=pytest.mark.slow),
+        pytest.param({"granularity": "feature", "scope": "local", "protect": False}, 200, marks=pytest.mark.slow),
+        pytest.param({"gated": "output", "doubled": True}, 200, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_unit_wise_equals_the_lane_of_a_population(settings: dict[str, Any]) -> None:
+def test_unit_wise_equals_the_lane_of_a_population(settings: dict[str, Any], steps: int) -> None:
     settings = {"lr": 0.01, "utility_decay": 0.9, **settings}
-    _compare_to_population(perennial.UPGD(**settings), {"units": True}, settings)
+    _compare_to_population(perennial.UPGD(**settings), {"units": True}, settings, steps)
 
 
-def _compare_to_population(rule: Rule, wants: dict[str, bool], settings: dict[str, Any]) -> None:
+def _compare_to_population(rule: Rule, wants: dict[str, bool], settings: dict[str, Any], steps: int) -> None:
     stream = Table(batch=3)
     population = populate([Lane(4, rule)], stream, compiled=False)
     model = copy.deepcopy(population.model).double()
@@ -543,7 +548,7 @@ def _compare_to_population(rule: Rule, wants: dict[str, bool], settings: dict[st
     more = {"units": population.units} if wants else {}
     optimizer = OPTIMIZERS[type(rule).__name__](model.named_parameters(), seed=4, **more, **settings)
     feed = stream.open([4], torch.device("cpu"))
-    for step in range(200):
+    for step in range(steps):
         population.advance(1)
         x, y = (t[0, ..., 0].double() for t in feed.examples(step, 1))
         optimizer.zero_grad()

@@ -59,8 +59,11 @@ def breaking_step(seed: int, lr: float, dtype: torch.dtype, start: dict[str, Ten
     raise AssertionError("it did not diverge")
 
 
-@pytest.mark.parametrize("pieces", [[30], [1] * 30, [3, 20, 7]], ids=str)
-@pytest.mark.parametrize(("lr", "dtype"), [(1e12, torch.float32), (1e12, torch.float64), (1e3, torch.float64)])
+@pytest.mark.parametrize(("lr", "dtype", "pieces"), [
+    pytest.param(lr, dtype, pieces, marks=() if pieces == [3, 20, 7] or lr == 1e3 else pytest.mark.slow)
+    for lr, dtype in ((1e12, torch.float32), (1e12, torch.float64), (1e3, torch.float64))
+    for pieces in ([30], [1] * 30, [3, 20, 7])
+], ids=str)  # fmt: skip
 def test_a_diverging_lane_is_reported_frozen_and_disturbs_no_other(
     lr: float, dtype: torch.dtype, pieces: list[int]
 ) -> None:
@@ -89,7 +92,8 @@ def test_a_diverging_lane_is_reported_frozen_and_disturbs_no_other(
 
 
 @pytest.mark.parametrize("methods", [
-    (Adam(lr=1e200),), (SGD(lr=1e6), OFTEN), (UPGD(lr=1e6),), (SGD(), ShrinkAndPerturb(noise_std=1e200))
+    (Adam(lr=1e200),), (SGD(lr=1e6), OFTEN), pytest.param((UPGD(lr=1e6),), marks=pytest.mark.slow),
+    (SGD(), ShrinkAndPerturb(noise_std=1e200)),
 ], ids=lambda methods: methods[-1].name)  # fmt: skip
 def test_any_method_may_diverge_and_the_cut_does_not_matter(methods: tuple[Any, ...]) -> None:
     tame = [type(m)() if m is not OFTEN else m for m in methods]
@@ -729,7 +733,7 @@ def test_an_event_changes_parameters_resets_the_rule_and_counts_units() -> None:
     assert not torch.equal(lane(population, 0).methods[1].drawn, lane(population, 1).methods[1].drawn)
 
 
-@pytest.mark.parametrize("every", [7, None])
+@pytest.mark.parametrize("every", [7, pytest.param(None, marks=pytest.mark.slow)])
 def test_cutting_and_resuming_between_events_changes_no_bit(every: int | None) -> None:
     lanes = [now(0, every=every), now(3, every=every)]
     whole_run, cut = (populate(lanes, dtype=torch.float32) for _ in range(2))
@@ -750,7 +754,9 @@ def test_a_lane_among_others_has_the_events_it_has_alone() -> None:
     same(lane(together, 1), lane(alone, 0), rtol=1e-9)
 
 
-@pytest.mark.parametrize("pieces", [[30], [1] * 30, [7, 13, 10]], ids=str)
+@pytest.mark.parametrize(
+    "pieces", [*(pytest.param(p, marks=pytest.mark.slow) for p in ([30], [1] * 30)), [7, 13, 10]], ids=str
+)
 @pytest.mark.parametrize("spoil", ["event", "step"])
 def test_a_lane_that_diverges_by_an_event_or_before_one_is_frozen(spoil: str, pieces: list[int]) -> None:
     """By the event after step 6 (infinite weights), or by a step before it (then it must not have the event)."""

@@ -614,8 +614,11 @@ UTILITIES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("host", [True, False], ids=["host", "device"])
-@pytest.mark.parametrize("build", [mlp, conv_norm, conv_flat, grouped], ids=lambda build: build.__name__)
+@pytest.mark.parametrize(("build", "host"), [
+    pytest.param(build, host, id=f"{build.__name__}-{'host' if host else 'device'}", marks=marks)
+    for build in (mlp, conv_norm, conv_flat, grouped)
+    for host, marks in ((True, ()), (False, () if build is conv_norm else pytest.mark.slow))
+])  # fmt: skip
 def test_continual_backprop_in_place_is_continual_backprop(
     build: Any, host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
