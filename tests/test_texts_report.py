@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,18 @@ def test_differences_pair_seeds(tmp_path: Path) -> None:
     assert "Not all seeds have finished: Adapter alone (2 of 3)." in text
 
 
+def test_the_baseline_does_not_change_while_a_study_runs(tmp_path: Path) -> None:
+    of = stream({"one": ONE, "all_alone": ALL_ALONE, "alone": ALONE}, (0,))
+    put(tmp_path, "one", 0, IN_TURN)
+    put(tmp_path, "all_alone", 0, each_alone(0.9, 1.0))
+    tables = tabulate_texts(of, tmp_path)
+    assert tables.baselines == {"one": "alone"}
+    assert tables.methods["against_alone"].to_list() == [None, None]
+    assert "No results yet: Adapter alone." in checked(write_text_report(of, tmp_path, **ABOUT))
+    put(tmp_path, "alone", 0, each_alone(0.8, 0.8))
+    assert tabulate_texts(of, tmp_path).methods["against_alone"].to_list()[0] == pytest.approx(0.75 - 0.8)
+
+
 def test_one_seed_and_no_method_alone(tmp_path: Path) -> None:
     of = stream({"one": ONE, "each": EACH}, (3,))
     put(tmp_path, "one", 3, IN_TURN)
@@ -198,9 +211,17 @@ def test_tickets_of_several_selections(tmp_path: Path) -> None:
     assert moved["share"].to_list() == [6 / 8, 2 / 8]
     assert "8<span>20%</span>" in checked(write_dominant_report(of, tmp_path, **ABOUT))
     drawn = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "figures").iterdir()}
-    assert set(drawn) == {"scores", "scores-by-share", "overlap", "moved"}
+    assert set(drawn) == {"scores", "scores-by-count", "overlap", "moved"}
     for selection in ("25%", "50%"):
         assert f"Ticket of {selection}" in drawn["overlap"]
+
+
+def test_without_a_training_of_all_weights_there_is_no_share(tmp_path: Path) -> None:
+    of = replace(search(2), controls=("random",))
+    write_search(tmp_path, of)
+    assert set(tabulate_dominant(of, tmp_path).scores["share"]) == {None}
+    assert "8</td>" in checked(write_dominant_report(of, tmp_path, **ABOUT))
+    assert (tmp_path / "figures" / "scores-by-count.svg").exists()
 
 
 def test_a_search_under_way_says_what_is_missing(tmp_path: Path) -> None:
@@ -225,8 +246,16 @@ def test_encoder_and_decoder_have_rows_of_their_own() -> None:
     assert drawing is not None
     for row in ("encoder layer 1", "decoder layer 2"):
         assert f">{row}<" in drawing.svg
+    assert drawing.svg.index(">encoder layer 2<") < drawing.svg.index(">decoder layer 1<")
     assert "from 1 to 4, in the mean 2.5" in drawing.description
     assert by_layer("map", "Map", {"": {names[0]: float("nan")}}, "{:.0f}".format) is None
+
+
+def test_experts_of_a_layer_have_columns_of_their_own() -> None:
+    values = {f"model.layers.{k}.mlp.experts.{e}.up.weight": float(1 + 2 * k + e) for k in (0, 1) for e in (0, 1)}
+    drawing = by_layer("map", "Map", {"": values}, "{:.0f}".format)
+    assert drawing is not None
+    assert "from 1 to 4, in the mean 2.5" in drawing.description
 
 
 def test_all_at_once_alone_has_an_average_and_no_figure(tmp_path: Path) -> None:

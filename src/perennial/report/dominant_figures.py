@@ -14,6 +14,7 @@ from perennial.report.heat_maps import by_layer
 from perennial.report.lm_tables import DominantTables
 from perennial.report.looks import KNOWN, OTHERS
 from perennial.report.svg import Drawing, drawing_style, render
+from perennial.report.words import examples
 
 _KINDS = {
     "ticket": ("Ticket of this task", KNOWN["continual_backprop"]),
@@ -40,7 +41,7 @@ def kind_name(kind: str) -> str:
 
 def draw_dominant(tables: DominantTables) -> list[Drawing]:
     """Scores, overlaps and what moved, as far as there are any."""
-    found = [_scores(tables), _by_share(tables), _overlap(tables), _moved(tables)]
+    found = [_scores(tables), _by_count(tables), _overlap(tables), _moved(tables)]
     return [drawing for drawing in found if drawing is not None]
 
 
@@ -79,14 +80,16 @@ def _scores(tables: DominantTables) -> Drawing | None:
         return render(figure, name, title, shown, 1.0)
 
 
-def _by_share(tables: DominantTables) -> Drawing | None:
+def _by_count(tables: DominantTables) -> Drawing | None:
     """Curves, where more than one selection makes them."""
     rows = tables.scores.filter((pl.col("kind") != "find") & pl.col("score").is_not_null())
-    chosen = rows.filter((pl.col("selection") != "") & (pl.col("share") > 0))
+    chosen = rows.filter((pl.col("selection") != "") & (pl.col("trained") > 0))  # the axis is logarithmic
     if chosen["selection"].n_unique() < 2:
         return None
-    name, title = "scores-by-share", "Score against the share of the weights that is trained, %"
+    name, title = "scores-by-count", "Score against the number of weights that are trained"
     tasks = rows["task"].unique(maintain_order=True).to_list()
+    counts = chosen["trained"].to_numpy()
+    marks = (1.0, 3.0) if counts.max() > 30 * counts.min() else (1.0, 2.0, 5.0)  # as many as have room
     width, tall, foot = (WIDE[0] - 60) / 2, 250.0, 50.0
     down = (len(tasks) + 1) // 2
     height = 44 + down * (tall + 48) + foot
@@ -104,18 +107,18 @@ def _by_share(tables: DominantTables) -> Drawing | None:
                 dash: Any = (0, look.dash) if look.dash else "solid"
                 handles.setdefault(label, axes.axhline(row["score"], color=look.colour, lw=1.1, ls=dash))
             curves = chosen.filter(pl.col("task") == task)
-            groups = [group.sort("share") for _, group in curves.group_by("kind", "source", maintain_order=True)]
+            groups = [group.sort("trained") for _, group in curves.group_by("kind", "source", maintain_order=True)]
             for number, curve in enumerate(groups):
                 label, look = _KINDS[kind_of(curve.row(0, named=True))]
-                x = 100 * curve["share"].to_numpy() * 10 ** (0.02 * (number - (len(groups) - 1) / 2))
+                x = curve["trained"].to_numpy() * 10 ** (0.02 * (number - (len(groups) - 1) / 2))
                 if curve["score_low"].null_count() < curve.height:
                     low, high = (curve[f"score_{end}"].to_numpy().astype(float) for end in ("low", "high"))
                     axes.vlines(x, low, high, color=look.colour, lw=1, alpha=0.5)
                 (line,) = axes.plot(x, curve["score"].to_numpy(), color=look.colour, marker=look.marker, lw=1.7,
                                     markersize=6, mec="white", mew=0.6)  # fmt: skip
                 handles.setdefault(label, line)
-            axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0), numticks=12))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_major_locator(LogLocator(10, subs=marks, numticks=12))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: examples(value)))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.tick_params(labelsize=10)
             axes.set_title(task, fontsize=LABEL, loc="left", color="#2b2b2b")

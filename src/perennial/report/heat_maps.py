@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib import colormaps
@@ -78,14 +79,15 @@ def by_layer(
     Args:
         name: of the drawing.
         title: of the drawing.
-        panels: values by the matrix's qualified name, in the model's order, by label; NaN stays white.
+        panels: values by the matrix's qualified name, by label; NaN stays white. Columns are in the order of the names.
         form: writes a number.
         ratios: colours are logarithmic from 1; what is below 1 has the colour of 1.
     """
     matrices = list(dict.fromkeys(matrix for values in panels.values() for matrix in values))
     several = len({_stack(matrix) for matrix in matrices} - {""}) > 1
     places = {matrix: _place(matrix, several) for matrix in matrices}
-    rows = sorted({row for row, _ in places.values()}, key=lambda row: (row[1] < 0, row))
+    # the encoder before the decoder, as the data goes; those outside of layers last
+    rows = sorted({row for row, _ in places.values()}, key=lambda row: (row[1] < 0, row[0] == "decoder", row[1]))
     order = _order(matrices, places)
     kinds = sorted(order, key=order.__getitem__)
     grids = {label: np.full((len(rows), len(kinds)), np.nan) for label in panels}
@@ -98,7 +100,7 @@ def by_layer(
         return None
     top = max(float(np.nanmax(grid)) for grid in grids.values()) or 1.0
     scale = LogNorm(1.0, max(3 * top, 10.0), clip=True) if ratios else Normalize(0.0, 1.2 * top)
-    tall, foot, named = _ROW * len(rows), 62.0, 18.0 if any(grids) else 0.0
+    tall, foot, named = _ROW * len(rows), 62.0, 18.0 if any(grids) else 0.0  # room for labels unless all are empty
     height = _TITLE + len(grids) * (tall + 6 + named) + foot
     with drawing_style(name):
         figure = Figure(figsize=(WIDE[0] / 72, height / 72), facecolor="white")
@@ -155,12 +157,17 @@ def _place(matrix: str, several: bool) -> tuple[tuple[str, int], str]:
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if at is None:
         return ("", -1), " ".join(parts[-2:])
-    inner = [p for p in parts[at + 1 :] if p not in ("self", "dense", "layer") and not p.isdigit()]
+    # T5 numbers the parts of a block, whose names differ anyway; other numbers, as of experts, tell matrices apart
+    inner = [
+        part
+        for before, part in pairwise(parts[at:])
+        if part not in ("self", "dense", "layer") and not (before == "layer" and part.isdigit())
+    ]
     return (_stack(matrix) if several else "", int(parts[at])), " ".join(inner)
 
 
 def _order(matrices: Sequence[str], places: Mapping[str, tuple[tuple[str, int], str]]) -> dict[str, int]:
-    """Of each kind, where it first stands in the model; those outside of layers last."""
+    """Of each kind, where it first stands among the matrices; those outside of layers last."""
     found: dict[str, int] = {}
     for at, matrix in enumerate(matrices):
         (_, layer), kind = places[matrix]

@@ -100,7 +100,7 @@ def write_dominant_report(experiment: DominantTickets, directory: Path, **about:
             (pl.col("selection") + ", " + pl.col("relation")).alias("label")
         )
     sections = [
-        _section("Tickets and controls", ["scores", "scores-by-share"], _TICKET_NOTE, tables.scores, _TICKETS,
+        _section("Tickets and controls", ["scores", "scores-by-count"], _TICKET_NOTE, tables.scores, _TICKETS,
                  weights=True),
         _section("Are tickets of different tasks alike?", ["overlap"], _OVERLAP_NOTE, overall,
                  {"iou": ("Intersection by union", 1.0), "floor": ("By chance", 1.0)}),
@@ -130,8 +130,9 @@ _ADAPTER_NOTE = [
     f"their tasks, and colours end at {RATIO_ENDS[0]:g} and {RATIO_ENDS[1]:g}.",
 ]
 _TICKET_NOTE = [
-    "Trained weights are without the classifier, which is always trained; in the figure they stand in brackets. "
-    "Differences are paired by seed. Where a figure has curves, marks of one share stand a little beside each other.",
+    "Trained weights are without the classifier, which is always trained, and their share is of all others; in the "
+    "figure they stand in brackets. Differences are paired by seed. Where a figure has curves, marks of one number of "
+    "weights stand a little beside each other.",
 ]
 _OVERLAP_NOTE = [
     "Tickets found on two tasks with one seed, and on one task with two seeds: what two searches have in common at "
@@ -235,7 +236,7 @@ def _write(
         facts=facts,
         notes=notes,
         sections=sections,
-        drawn={d.name: {"svg": Markup(d.svg), "plot_share": d.plot_share} for d in drawings},
+        drawn={d.name: Markup(d.svg) for d in drawings},
         finished=progress[0],
         planned=progress[1],
         links=[{"name": name, "href": link(text, "text/csv")} for name, text in texts.items()],

@@ -47,9 +47,11 @@ class TextTables:
     matrices: dict[str, Floats]
     """By method, mean scores over seeds, [times, tasks], NaN where none was taken."""
     ratios: dict[str, Floats]
-    """By method, mean collision ratio of every two adapters, [tasks, tasks], NaN on the diagonal."""
+    """By method, collision ratio of every two adapters, mean over the seeds that have one, [tasks, tasks], NaN on the
+    diagonal."""
     baselines: dict[str, str]
-    """By method, the method with each task alone that it is compared with; empty without one."""
+    """By method that learns in turn, the method with each task alone that it is compared with, finished or not; empty
+    without one in the study."""
     begun: list[tuple[str, int, int]]
     """Sequences that are not finished, which are left out: method, seed, tasks learned."""
     finished: int
@@ -73,12 +75,12 @@ def tabulate_texts(stream: TextStream, directory: Path) -> TextTables:
     if not found:
         raise NoResultsError(f"{directory} has no finished sequence of tasks yet; run the study again to go on with it")
     found = {method: found[method] for method in stream.methods if method in found}
-    baselines = _baselines(stream, found)
+    baselines = _baselines(stream)
     methods, collisions, tasks = [], [], []
     matrices, ratios = {}, {}
     for method, by_seed in found.items():
         kind, label = stream.methods[method].tasks, stream.methods[method].label or method
-        alone = found[baselines[method]] if method in baselines else {}
+        alone = found.get(baselines[method], {}) if method in baselines else {}
         scores = {s: np.array(r["scores"], dtype=np.float64) for s, r in by_seed.items()}
         matrices[method] = np.mean(list(scores.values()), axis=0)
         rows = [_sequence(kind, scores[s], r, alone.get(s)) for s, r in by_seed.items()]
@@ -109,12 +111,13 @@ def tabulate_texts(stream: TextStream, directory: Path) -> TextTables:
     )
 
 
-def _baselines(stream: TextStream, found: Mapping[str, Any]) -> dict[str, str]:
+def _baselines(stream: TextStream) -> dict[str, str]:
+    """By the study and not by what has finished, so that a number does not come to mean something else."""
     singles: dict[str, str] = {}
-    for method in found:
-        if stream.methods[method].tasks == "alone":
-            singles.setdefault(stream.methods[method].trains, method)
-    compared = [method for method in found if stream.methods[method].tasks == "in_turn"] if singles else []
+    for method, recipe in stream.methods.items():
+        if recipe.tasks == "alone":
+            singles.setdefault(recipe.trains, method)
+    compared = [method for method, recipe in stream.methods.items() if recipe.tasks == "in_turn"] if singles else []
     return {
         method: next(singles[kind] for kind in (*_NEXT[stream.methods[method].trains], *singles) if kind in singles)
         for method in compared
@@ -186,8 +189,8 @@ class DominantTables:
 
     scores: pl.DataFrame
     """A row a task, kind, source and selection: ``task``, ``kind``, ``source``, ``selection``, ``trained`` (weights,
-    without the classifier), ``share`` (of all weights), ``score``, ``against_random`` and ``against_full`` (paired by
-    seed) with intervals, ``seeds``."""
+    without the classifier), ``share`` (of what ``full`` trains; None without one), ``score``, ``against_random`` and
+    ``against_full`` (paired by seed) with intervals, ``seeds``."""
     kept: pl.DataFrame
     """A row a task and matrix: ``task``, ``matrix``, ``moved`` (how many of its weights did, mean over seeds), ``size``
     (its weights) and ``share`` (of them that moved)."""
@@ -211,7 +214,7 @@ def tabulate_dominant(experiment: DominantTickets, directory: Path) -> DominantT
     for job, results in found.items():
         groups.setdefault((job.task, job.kind, job.source, job.selection), {})[job.seed] = results
     sizes = _sizes(found, directory)
-    whole = max((r["trained"] for job, r in found.items() if job.kind == "full"), default=sum(sizes.values())) or None
+    whole = next((r["trained"] for job, r in found.items() if job.kind == "full"), None)
     rows, kept = [], []
     for (task, kind, source, number), by_seed in groups.items():
         random = groups.get((task, "random", task, number), {}) if kind in _PLACED else {}

@@ -9,8 +9,8 @@ from perennial.report.lm_tables import DominantTables, TextTables
 
 _ONE_SEED = "One seed: there is no interval, and a difference may be chance."
 _FEWER = (
-    "Not all seeds have finished: {}. These means are of other seeds than the rest; differences that are paired by "
-    "seed can be compared."
+    "Not all seeds have finished: {}. These means are of fewer seeds than the rest; differences that are paired by "
+    "seed can still be compared."
 )
 
 
