@@ -95,7 +95,35 @@ class Linear:
         return MLP(hidden=()).build(inputs, outputs)
 
 
-REGISTRY: tuple[type[MLP] | type[Linear], ...] = (MLP, Linear)
+@dataclass(frozen=True)
+class ConvNet:
+    """The network of Continual ImageNet (Dohare et al., Nature 2024), for pictures of 3 x 32 x 32.
+
+    Convolutions without padding to 32 channels (5 x 5), 64 and 128 (3 x 3), each with a ReLU and maxima over 2 x 2, then
+    layers of 512 to 128, 128 and the outputs; weights as torch draws them.
+    """
+
+    name: ClassVar[str] = "convnet"
+
+    def build(self, inputs: int, outputs: int) -> nn.Module:
+        """The network for inputs [batch, 3, 32, 32]; parameters drawn from torch's global generator.
+
+        Raises:
+            ValueError: an input has not 3 x 32 x 32 numbers.
+        """
+        if inputs != 3 * 32 * 32:
+            raise ValueError(f"convnet takes pictures of 3 x 32 x 32, 3072 numbers, but the inputs have {inputs}")
+        layers: list[nn.Module] = []
+        for channels, units, size in ((3, 32, 5), (32, 64, 3), (64, 128, 3)):
+            layers += [nn.Conv2d(channels, units, size), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(128, outputs))
+
+
+Network = MLP | Linear | ConvNet
+"""Any of the networks that studies name."""
+
+REGISTRY: tuple[type[Network], ...] = (MLP, Linear, ConvNet)
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
