@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from perennial import SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, SlowlyChangingRegression
-from perennial.streams import REGISTRY, PermutedMNIST, Stream, SumOfTwo
+from perennial.streams import REGISTRY, ClassPairs, PermutedMNIST, Stream, SumOfTwo
 from perennial.streams.files import images, mnist
 from perennial.streams.formats import read_idx, read_pictures
 
@@ -42,9 +42,15 @@ SMALL: dict[str, Stream] = {
     "digits": PermutedDigits(),
     "mnist": PermutedMNIST(task_steps=40),
     "sum": SumOfTwo(task_steps=20),
+    "pairs": ClassPairs(epochs=2, batch_size=60),
 }
+needs_pictures = pytest.mark.skipif(
+    not (DATA / "tiny-imagenet-32" / "train.parquet").exists(),
+    reason="Tiny-ImageNet is not here: set PERENNIAL_DATA to a folder that holds tiny-imagenet-32/",
+)
+NEEDS = {"mnist": needs_mnist, "pairs": needs_pictures}
 every_stream = pytest.mark.parametrize(
-    "stream", [pytest.param(s, id=n, marks=needs_mnist if n == "mnist" else ()) for n, s in SMALL.items()]
+    "stream", [pytest.param(s, id=n, marks=NEEDS.get(n, ())) for n, s in SMALL.items()]
 )
 
 
@@ -79,8 +85,9 @@ def slow_and_fast(stream: SlowlyChangingRegression, inputs: Tensor) -> tuple[Ten
 def test_chunks_do_not_matter(stream: Stream) -> None:
     steps = 2 * stream.task_length() + 7
     inputs, targets = Opened(stream, [3, 5]).examples(0, steps)
-    assert inputs.shape == (steps, 2, 1, stream.inputs)
-    assert targets.shape == ((steps, 2, 1, stream.outputs) if stream.task == "regression" else (steps, 2, 1))
+    assert inputs.shape == (steps, 2, stream.batch, *stream.input_shape)
+    each = (stream.outputs,) if stream.task == "regression" else ()
+    assert targets.shape == (steps, 2, stream.batch, *each)
     feed = Opened(stream, [3, 5])
     at = 0
     for length in (1, 6, 13, stream.task_length() - 5, steps):

@@ -99,8 +99,8 @@ class Linear:
 class ConvNet:
     """The network of Continual ImageNet (Dohare et al., Nature 2024), for pictures of 3 x 32 x 32.
 
-    Convolutions without padding to 32 channels (5 x 5), 64 and 128 (3 x 3), each with a ReLU and maxima over 2 x 2, then
-    layers of 512 to 128, 128 and the outputs; weights as torch draws them.
+    Convolutions without padding to 32 channels (5 x 5), 64 and 128 (3 x 3), each with a ReLU and maxima over 2 x 2,
+    then layers from 512 numbers to 128 units, 128 units and the outputs; weights as torch draws them.
     """
 
     name: ClassVar[str] = "convnet"

@@ -26,9 +26,9 @@ class ClassPairs(Stream):
     class of the pair and 1 for the second. Nothing announces a change. Held-out accuracy is taken on the test images of
     the two classes.
 
-    Pixels stay as they are, numbers from 0 to 255: the paper's code neither scales nor centres them. The paper takes 700
-    images of each of 1,000 classes, 600 to train on and 100 to test on; ``tiny-imagenet-32`` has 200 classes of 150 and
-    50. The paper's orders of classes come from a file; here they are a function of the seed.
+    Pixels stay as they are, numbers from 0 to 255: the paper's code neither scales nor centres them. The paper takes
+    700 images of each of 1,000 classes, 600 to train on and 100 to test on; ``tiny-imagenet-32`` has 200 classes of 150
+    and 50. The paper's orders of classes come from a file; here they are a function of the seed.
 
     Raises:
         FileNotFoundError: the data set is not where ``PERENNIAL_DATA`` says.
@@ -63,7 +63,7 @@ class ClassPairs(Stream):
                 self.check(name, count, 1)
         if self.test_images is not None and self.train_images is None:
             raise ValueError(
-                f"class_pairs.test_images is {self.test_images}, but train_images is empty: say how many come before them"
+                f"class_pairs.test_images is {self.test_images}, but train_images is empty: say how many come before"
             )
 
     @property
@@ -75,7 +75,12 @@ class ClassPairs(Stream):
         return self.batch_size
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Training and held-out images class by class, in the order of the files: uint8 [classes, images, 3, 32, 32]."""
+        """Training and held-out images, class by class in the order of the files: uint8 [classes, images, 3, 32, 32].
+
+        Raises:
+            FileNotFoundError: the data set is not there.
+            ValueError: a class has too few images.
+        """
         return _parts(self.data, self.train_images, self.test_images)
 
     def epoch_steps(self) -> int:
@@ -111,8 +116,8 @@ def _by_class(data: str, part: str, count: int | None) -> Tensor:
     fewest = int(held.min())
     if count is not None and count > fewest:
         raise ValueError(
-            f"class_pairs needs {count} images of every class, but class {int(held.argmin())} of {data} has {fewest} in "
-            f"its {part} set; set train_images and test_images to fewer"
+            f"class_pairs needs {count} images of every class, but class {int(held.argmin())} of {data} has {fewest} "
+            f"in its {part} set; set train_images and test_images to fewer"
         )
     begin = (held.cumsum(0) - held)[:, None]
     first = torch.arange(fewest if count is None else count)
