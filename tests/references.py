@@ -618,20 +618,26 @@ class NormalizeAndProject:
 
 
 class ResetLayers:
-    """The last layers, weights and biases, are drawn afresh."""
+    """The last layers, weights and biases, are drawn afresh or become zero."""
 
     def __init__(self, settings: Any, network: Network) -> None:
         self.s = settings
+        if settings.values == "zero" and settings.every is None:
+            for place in self.chosen(network):
+                network.values[place] = 0 * network.values[place]
 
     def step(self, network: Network, hidden: Sequence[np.ndarray], given: Given) -> list[tuple[int, int]]:
         return []
 
     def event(self, network: Network, given: Given) -> list[Fresh]:
+        for place in self.chosen(network):
+            zero = np.zeros_like(network.values[place])
+            network.values[place] = zero if self.s.values == "zero" else network.fresh(place, given)
+        return list(self.chosen(network))
+
+    def chosen(self, network: Network) -> list[Place]:
         first = 0 if self.s.last is None else max(0, network.depth - self.s.last)
-        chosen: list[Fresh] = [(kind, depth) for kind in ("weight", "bias") for depth in range(first, network.depth)]
-        for place in chosen:
-            network.values[place] = network.fresh(place, given)
-        return chosen
+        return [(kind, depth) for kind in ("weight", "bias") for depth in range(first, network.depth)]
 
 
 class HareAndTortoise:
@@ -1147,6 +1153,8 @@ REFERENCES: dict[str, Reference] = {
             "the head": {"every": 10, "rule": _MOMENTUM},
             "two layers": {"last": 2, "every": 10, "rule": ("adam", {"lr": 0.01})},
             "everything, at a task": {"last": None, "rule": _MOMENTUM},
+            "the head to zero, at a task": {"values": "zero", "rule": _MOMENTUM},
+            "two layers to zero": {"values": "zero", "last": 2, "every": 10, "rule": _MOMENTUM},
             "everything, after feature upgd": {
                 "last": None,
                 "every": 10,

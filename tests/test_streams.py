@@ -21,6 +21,7 @@ from torch import Tensor
 from perennial import SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, SlowlyChangingRegression
 from perennial.streams import (
     REGISTRY,
+    ClassPairs,
     LabelPermutedCIFAR10,
     LabelPermutedEMNIST,
     LabelPermutedMiniImageNet,
@@ -57,6 +58,7 @@ SMALL: dict[str, Stream] = {
     "cifar10": LabelPermutedCIFAR10(task_steps=40),
     "mini-imagenet": LabelPermutedMiniImageNet(task_steps=40),
     "sum": SumOfTwo(task_steps=20),
+    "pairs": ClassPairs(epochs=2, batch_size=60),
 }
 FILES = {
     "mnist": "mnist/train-images-idx3-ubyte.gz",
@@ -65,6 +67,7 @@ FILES = {
     "emnist": "emnist47/train-images-idx3-ubyte.gz",
     "cifar10": "cifar10/train.parquet",
     "mini-imagenet": "mini-imagenet/features.npz",
+    "pairs": "tiny-imagenet-32/train.parquet",
 }
 
 
@@ -110,8 +113,9 @@ def slow_and_fast(stream: SlowlyChangingRegression, inputs: Tensor) -> tuple[Ten
 def test_chunks_do_not_matter(stream: Stream) -> None:
     steps = 2 * stream.task_length() + 7
     inputs, targets = Opened(stream, [3, 5]).examples(0, steps)
-    assert inputs.shape == (steps, 2, 1, stream.inputs)
-    assert targets.shape == ((steps, 2, 1, stream.outputs) if stream.task == "regression" else (steps, 2, 1))
+    assert inputs.shape == (steps, 2, stream.batch, *stream.input_shape)
+    each = (stream.outputs,) if stream.task == "regression" else ()
+    assert targets.shape == (steps, 2, stream.batch, *each)
     feed = Opened(stream, [3, 5])
     at = 0
     for length in (1, 6, 13, stream.task_length() - 5, steps):

@@ -97,7 +97,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class UPGDConvNet:
-    """The convolutional network of the UPGD paper's CIFAR-10, for flat inputs, its layers drawn as torch draws them.
+    """The convolutional network of the UPGD paper's CIFAR-10, for pictures of 3 x 32 x 32, drawn as torch draws layers.
 
     Convolution to 6 channels, 5 x 5, halved by maximum; to 16, 5 x 5, halved; 400 - 120 - 84 - outputs with ReLU. The
     published code has no activation function after the convolutions besides the maximum, and neither has this.
@@ -106,11 +106,14 @@ class UPGDConvNet:
     name: ClassVar[str] = "upgd_convnet"
 
     def build(self, inputs: int, outputs: int) -> nn.Module:
-        """The network; parameters drawn from torch's global generator."""
+        """The network for inputs [batch, 3, 32, 32]; parameters drawn from torch's global generator.
+
+        Raises:
+            ValueError: an input has not 3 x 32 x 32 numbers.
+        """
         if inputs != 3 * 32 * 32:
-            raise ValueError(f"upgd_convnet takes 3 x 32 x 32 = 3072 inputs, and the stream has {inputs}")
+            raise ValueError(f"upgd_convnet takes pictures of 3 x 32 x 32, 3072 numbers, but the inputs have {inputs}")
         return nn.Sequential(
-            nn.Unflatten(1, (3, 32, 32)),
             nn.Conv2d(3, 6, 5),
             nn.MaxPool2d(2),
             nn.Conv2d(6, 16, 5),
@@ -124,10 +127,35 @@ class UPGDConvNet:
         )
 
 
-Network: TypeAlias = MLP | Linear | UPGDConvNet
-"""What a study can name."""
+@dataclass(frozen=True)
+class ConvNet:
+    """The network of Continual ImageNet (Dohare et al., Nature 2024), for pictures of 3 x 32 x 32.
 
-REGISTRY: tuple[type[Network], ...] = (MLP, Linear, UPGDConvNet)
+    Convolutions without padding to 32 channels (5 x 5), 64 and 128 (3 x 3), each with a ReLU and maxima over 2 x 2,
+    then layers from 512 numbers to 128 units, 128 units and the outputs; weights as torch draws them.
+    """
+
+    name: ClassVar[str] = "convnet"
+
+    def build(self, inputs: int, outputs: int) -> nn.Module:
+        """The network for inputs [batch, 3, 32, 32]; parameters drawn from torch's global generator.
+
+        Raises:
+            ValueError: an input has not 3 x 32 x 32 numbers.
+        """
+        if inputs != 3 * 32 * 32:
+            raise ValueError(f"convnet takes pictures of 3 x 32 x 32, 3072 numbers, but the inputs have {inputs}")
+        layers: list[nn.Module] = []
+        for channels, units, size in ((3, 32, 5), (32, 64, 3), (64, 128, 3)):
+            layers += [nn.Conv2d(channels, units, size), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(128, outputs))
+
+
+Network: TypeAlias = MLP | Linear | UPGDConvNet | ConvNet
+"""Any of the networks that studies name."""
+
+REGISTRY: tuple[type[Network], ...] = (MLP, Linear, UPGDConvNet, ConvNet)
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

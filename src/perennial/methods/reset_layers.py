@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perennial.methods.base import Context, Intervention, Outcome, Tensors, whole, whole_parameter
+import torch
+from torch import Tensor
+
+from perennial.methods.base import Context, Intervention, Outcome, Tensors, choice, whole, whole_parameter
 from perennial.methods.fresh import drawn, falls_due, require_known
 from perennial.units import UnitMap, bias_beside
 
 
 @dataclass(frozen=True)
 class ResetLayers(Intervention):
-    r"""Draw the last layers anew, or the whole network, now and then.
+    r"""Draw the last layers anew, or make them zero, or the whole network, now and then.
 
     .. math:: W_l, b_l \sim \text{the distribution that they were first drawn from}, \qquad l > L - k
 
@@ -28,6 +31,8 @@ class ResetLayers(Intervention):
     """How many of the last weight layers, k: 1 for the head or heads alone; None for the whole network."""
     every: int | None = whole(None)
     """Optimizer steps from one reset to the next; 0: never; None: when a new task begins."""
+    values: str = choice("drawn", "drawn", "zero")
+    """What they become: drawn from the distribution that they were first drawn from, or zero."""
 
     OFF = {"every": 0}
 
@@ -41,11 +46,18 @@ class ResetLayers(Intervention):
             raise ValueError(f"reset_layers.last is {self.last}; it must be at least 1, or None for the whole network")
 
     def init(self, params: Tensors, units: UnitMap) -> tuple[()]:
-        require_known(self.name, self._chosen(params, units), units)
+        chosen = self._chosen(params, units)
+        if self.values == "drawn":
+            require_known(self.name, chosen, units)
         return ()
 
     def acts_on(self, params: Tensors, units: UnitMap) -> list[str]:
         return self._chosen(params, units)
+
+    def begin(self, params: Tensors, state: tuple[()], context: Context) -> tuple[dict[str, Tensor], tuple[()]]:
+        if self.values == "drawn" or self.every is not None:
+            return {}, state
+        return {name: torch.zeros_like(params[name]) for name in self._chosen(params, context.units)}, state
 
     def due(self, steps_made: int, task_ended: bool) -> bool:
         return falls_due(self.every, steps_made, task_ended)
@@ -53,10 +65,13 @@ class ResetLayers(Intervention):
     def event(self, params: Tensors, state: tuple[()], context: Context) -> Outcome:
         chosen = self._chosen(params, context.units)
         return Outcome(
-            {name: drawn(name, params[name], context) for name in chosen},
+            {name: self._value(name, params[name], context) for name in chosen},
             state,
             {name: whole_parameter(params[name]) for name in chosen},
         )
+
+    def _value(self, name: str, param: Tensor, context: Context) -> Tensor:
+        return torch.zeros_like(param) if self.values == "zero" else drawn(name, param, context)
 
     def _chosen(self, params: Tensors, units: UnitMap) -> list[str]:
         """The parameters to draw anew."""

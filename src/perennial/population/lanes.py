@@ -57,6 +57,8 @@ class LaneState(NamedTuple):
     """float64 []: sum of the online accuracy since then; stays 0 for regression."""
     plasticity: Tensor
     """float64 []: sum since then of the sample plasticity, of the samples at which it was taken."""
+    held_out: Tensor
+    """float64 []: sum since then of the held-out accuracy at the ends of tasks; stays 0 where nothing is held out."""
 
 
 def structure(method: Method) -> tuple[Any, ...]:

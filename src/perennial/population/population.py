@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from perennial.methods import Context, Intervention, Method, Regulariser
 from perennial.methods.base import Tensors
 from perennial.noise import Noise, seed_key, torch_seed
 from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
-from perennial.streams import Stream
+from perennial.streams import HeldOut, Stream
 from perennial.units import build_and_record, observe, trace
 
 _CHUNK_BYTES = 1 << 25
@@ -86,7 +87,7 @@ class Population:
         self.compiled = compiled
         self.compile_seconds = 0.0
         self.model, initial = self._build(factory, lanes[0].seed)
-        example = torch.zeros(2, stream.inputs)
+        example = torch.zeros(2, *stream.input_shape)
         self._check_fit(example)
         self.units = trace(self.model, example, initial=initial).interior()
         self._check_groups()
@@ -168,7 +169,7 @@ class Population:
                 context = Context({}, {}, noise.scoped(method.name), self.units)
                 changed, states[position] = method.begin(params, states[position], context)
                 params = params | changed
-            return LaneState(params, tuple(states), zero, zero - 1, zero, total, total, total)
+            return LaneState(params, tuple(states), zero, zero - 1, zero, total, total, total, total)
 
         first = one(self.lanes[0])
         leaves, self._spec = pytree.tree_flatten(first)
@@ -283,6 +284,7 @@ class Population:
             state.loss + loss,
             correct,
             state.plasticity,
+            state.held_out,
         )
 
     def _lane_events(self, due: Sequence[bool], state: LaneState, numbers: dict[str, Tensor], key: Tensor) -> LaneState:
@@ -379,7 +381,7 @@ class Population:
 
     def chunk_length(self) -> int:
         """Steps whose examples are made at once; depends on the population alone."""
-        wide = self.stream.inputs * len(self.lanes) * 4
+        wide = math.prod(self.stream.input_shape) * self.stream.batch * len(self.lanes) * 4
         return max(1, min(1000, _CHUNK_BYTES // wide))
 
     def advance(self, steps: int) -> None:
@@ -445,6 +447,8 @@ class Population:
                 self._step(example)
                 if before is not None:
                     self._take_plasticity(before, example)
+                if self.stream.holds_out and number % self.stream.task_length() == 0:
+                    self._take_held_out(number - 1)  # before a method acts on the change, such as on the head
                 if self._eventful:
                     self._run_events(number)
         finally:
@@ -470,6 +474,18 @@ class Population:
                 after = vmap(loss, in_dims=-1)(state.params, *example)
             state.plasticity.add_(metrics.sample_plasticity(state.loss - before, after.to(torch.float64)))
 
+    def _take_held_out(self, step: int) -> None:
+        """Add the accuracy on the held-out examples of the task in force at a step, lane by lane: they may be many."""
+        state = self._sums()
+        inputs, classes = cast(HeldOut, self.feed).held_out(step)
+        self.model.eval()
+        with torch.no_grad():
+            for number, seed in enumerate(self._lane_seed[: len(self.lanes)].tolist()):
+                params = {name: w[..., number] for name, w in state.params.items()}
+                output = functional_call(self.model, params, (inputs[..., seed].to(self.dtype),))
+                state.held_out[number] += networks.correct(output, classes[..., seed]).to(torch.float64)
+        self.model.train()
+
     @staticmethod
     def _gone_wrong(state: LaneState) -> Tensor:
         """Lanes not yet known as diverged whose loss or weights are not finite, bool [lanes]."""
@@ -480,7 +496,8 @@ class Population:
 
     def collect(self, steps: int) -> dict[str, Tensor]:
         """The mean online loss (and accuracy) over the ``steps`` since the last call, float64 [lanes]; empties the
-        sums."""
+        sums. ``test_accuracy``, the mean of the held-out accuracies at the ends of tasks, is among them if a task ended
+        in these steps and the stream holds examples out."""
         found = {"online_loss": self.state.loss / steps}
         if self.stream.task == "classification":
             found["online_accuracy"] = self.state.correct / steps
@@ -488,6 +505,11 @@ class Population:
             end = self.steps_made
             taken = end // self.plasticity_every - (end - steps) // self.plasticity_every
             found["sample_plasticity"] = self.state.plasticity / taken if taken else self.state.plasticity * torch.nan
+        if self.stream.holds_out:
+            end, length = self.steps_made, self.stream.task_length()
+            if ended := end // length - (end - steps) // length:
+                found["test_accuracy"] = self.state.held_out / ended
+        self.state.held_out.zero_()
         self.state.plasticity.nan_to_num_().zero_()
         self.state.loss.nan_to_num_().zero_()
         self.state.correct.nan_to_num_().zero_()

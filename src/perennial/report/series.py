@@ -31,6 +31,7 @@ ACCURACY, LOSS = "online_accuracy", "online_loss"
 MEASURES = {
     ACCURACY: Measure("Online accuracy", share=True, higher_is_better=True),
     LOSS: Measure("Online loss"),
+    "test_accuracy": Measure("Held-out accuracy at the ends of tasks", share=True, higher_is_better=True),
     **{m.name: Measure(m.title, m.share, m.better == "higher") for m in METRICS.values()},
     "units_replaced": Measure("Replacements per unit so far"),
     "utility_spearman": Measure("Spearman correlation with the exact utility", higher_is_better=True),

@@ -32,6 +32,10 @@ A few larger ones side by side, of 784-300-150-10 for one, take far longer than 
 _LARGE = 1 << 23
 """Bytes of one lane's state from which lanes run one at a time without measuring: one alone fills the caches."""
 
+_LOST = 1.5
+"""How much longer a lane's step takes than in fewer lanes where still more lanes are not tried: thirty convolutional
+lanes side by side would be compiled for minutes to find out what eight have shown."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -117,7 +121,11 @@ def lanes_per_program(variant: Variant, stream: Any, most: int, device: torch.de
     remembered = read_json(shelf) or {}
     if known_as not in remembered:
         candidates = sorted({1, min(8, most), min(64, most), most} if size * most <= 1 << 30 else {1, min(8, most)})
-        times = {width: _seconds_per_lane_step(variant, stream, width) for width in candidates}
+        times: dict[int, float] = {}
+        for width in candidates:
+            times[width] = _seconds_per_lane_step(variant, stream, width)
+            if times[width] > _LOST * min(times.values()):
+                break
         remembered[known_as] = min(times, key=lambda width: times[width])
         write_json(shelf, remembered)
     return int(remembered[known_as])

@@ -3,7 +3,8 @@
 To add a stream, write its file and add its class to :data:`REGISTRY`.
 """
 
-from perennial.streams.base import Examples, Feed, Stream
+from perennial.streams.base import Examples, Feed, HeldOut, Stream
+from perennial.streams.class_pairs import ClassPairs
 from perennial.streams.label_permuted import LabelPermutedCIFAR10, LabelPermutedEMNIST, LabelPermutedMiniImageNet
 from perennial.streams.permuted_digits import PermutedDigits
 from perennial.streams.permuted_mnist import NaturePermutedMNIST, PermutedMNIST, StationaryMNIST
@@ -20,12 +21,15 @@ REGISTRY: tuple[type[Stream], ...] = (
     LabelPermutedCIFAR10,
     LabelPermutedMiniImageNet,
     SumOfTwo,
+    ClassPairs,
 )
 
 __all__ = [
     "REGISTRY",
+    "ClassPairs",
     "Examples",
     "Feed",
+    "HeldOut",
     "LabelPermutedCIFAR10",
     "LabelPermutedEMNIST",
     "LabelPermutedMiniImageNet",

@@ -35,6 +35,14 @@ class Feed(Protocol):
         """``size`` fresh inputs of the task in force at a step, for measuring: [size, ..., seeds]."""
 
 
+class HeldOut(Feed, Protocol):
+    """A feed whose tasks have examples that are never trained on."""
+
+    def held_out(self, step: int) -> tuple[Tensor, Tensor]:
+        """All held-out examples of the task in force at a step: inputs float32 [examples, ..., seeds], classes int64
+        [examples, seeds]."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """Base of every stream."""
@@ -47,6 +55,18 @@ class Stream:
     """Numbers in one input."""
     outputs: ClassVar[int]
     """Numbers in one target, or classes."""
+    holds_out: ClassVar[bool] = False
+    """Whether its feed is a :class:`HeldOut`."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input, without the batch."""
+        return (self.inputs,)
+
+    @property
+    def batch(self) -> int:
+        """Examples a step."""
+        return 1
 
     def task_length(self) -> int:
         """Steps between changes."""

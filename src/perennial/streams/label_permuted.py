@@ -49,7 +49,7 @@ class LabelPermutedEMNIST(_LabelPermuted):
 class LabelPermutedCIFAR10(_LabelPermuted):
     """Online label-permuted CIFAR-10, one image a step: every so many images the 10 labels are permuted anew.
 
-    The setting of Elsayed and Mahmood (ICLR 2024); pixels in [-1, 1], as 3 x 32 x 32 numbers in a row.
+    The setting of Elsayed and Mahmood (ICLR 2024); pixels in [-1, 1].
 
     Raises:
         FileNotFoundError: CIFAR-10 is not where ``PERENNIAL_DATA`` says, and cannot be fetched.
@@ -58,6 +58,10 @@ class LabelPermutedCIFAR10(_LabelPermuted):
     name = "label_permuted_cifar10"
     inputs = 3072
     outputs = 10
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (3, 32, 32)
 
     def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
         return named_images("cifar10", part)

@@ -90,11 +90,11 @@ class OnlineImagesFeed:
         return task * -(-self.length // total) + within, at
 
     def _shown(self, rows: Tensor, task: int) -> Tensor:
-        """Image rows [n, seeds] as the task shows them: float32 [n, inputs, seeds]."""
+        """Image rows [n, seeds] as the task shows them: float32 [n, ..., seeds]."""
         seen, pixels = self.images[rows].transpose(1, 2), self.pixels(task)
         if pixels is not None:
             seen = seen.gather(1, pixels.expand(len(rows), -1, -1))
-        return self.stream.scaled(seen)
+        return self.stream.scaled(seen).reshape(len(rows), *self.stream.input_shape, -1)
 
     def examples(self, start: int, count: int) -> Examples:
         """The examples of steps ``start`` to ``start + count``."""

@@ -307,6 +307,7 @@ def _check_metric(part: Part, variants: Sequence[Variant], where: str) -> None:
     every = ["online_loss", *MEASURED]
     every += ["online_accuracy"] if stream_of(part, where).task == "classification" else []
     every += ["sample_plasticity"] if part.plasticity_every else []
+    every += ["test_accuracy"] if stream_of(part, where).holds_out else []
     for variant in variants:
         known = [*every, *(name for method in variant.interventions for name in method.MEASURES)]
         if part.judged_by not in known:
