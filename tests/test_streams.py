@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars
 import pytest
 import torch
+from PIL import Image
 from references import lane, populate, same
 from scipy import stats
 from torch import Tensor
 
 from perennial import SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, SlowlyChangingRegression
 from perennial.streams import REGISTRY, PermutedMNIST, Stream, SumOfTwo
-from perennial.streams.files import mnist, read_idx
+from perennial.streams.files import images, mnist
+from perennial.streams.formats import read_idx, read_pictures
 
 DATA = Path(os.environ.get("PERENNIAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_mnist = pytest.mark.skipif(
@@ -362,18 +366,88 @@ def test_refuses_a_damaged_idx_by_name_and_place(tmp_path: Path) -> None:
 
 
 def test_says_what_is_needed_where_mnist_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mnist.cache_clear()
+    images.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no .*mnist.train-images-idx3-ubyte.gz; put the official file there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no .*mnist.train-images-idx3-ubyte.gz, and .*; put the official file there"
+    ):
         PermutedMNIST().open([0], torch.device("cpu"))
     monkeypatch.delenv("PERENNIAL_DATA")
-    with pytest.raises(FileNotFoundError, match="set the environment variable PERENNIAL_DATA"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no mnist.train-images.*; set the environment variable PERENNIAL_DATA"
+    ):
         PermutedMNIST().open([0], torch.device("cpu"))
     (tmp_path / "mnist").mkdir()
     idx(tmp_path, (2, 28, 28)).rename(tmp_path / "mnist" / "train-images-idx3-ubyte.gz")
     monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=r"holds \(2, 28, 28\) bytes, MNIST \(60000, 28, 28\)"):
+    with pytest.raises(FileNotFoundError, match=r"no .*train-labels-idx1-ubyte.gz; put the official file there"):
         PermutedMNIST().open([0], torch.device("cpu"))
+    idx(tmp_path, (2,)).rename(tmp_path / "mnist" / "train-labels-idx1-ubyte.gz")
+    with pytest.raises(ValueError, match=r"holds 2 images; the train set of MNIST has 60000"):
+        PermutedMNIST().open([0], torch.device("cpu"))
+
+
+def png(value: int, size: tuple[int, int] = (32, 32)) -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, 0, 255)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue()}
+
+
+def test_reads_pictures_from_parquet(tmp_path: Path) -> None:
+    shape = (3, 32, 32)
+    polars.DataFrame({"img": [png(3), png(4)], "fine_label": [7, 1], "label": [0, 0]}).write_parquet(tmp_path / "a")
+    pixels, classes = read_pictures([tmp_path / "a"], ["fine_label", "label"], shape)
+    assert pixels[:, 0, 0, 0].tolist() == [3, 4]
+    assert pixels[:, 2].unique().tolist() == [255]
+    assert classes.tolist() == [7, 1]
+    lists = pixels.permute(0, 2, 3, 1).tolist()
+    polars.DataFrame({"image": lists, "label": [5, 6]}).write_parquet(tmp_path / "b")
+    both, classes = read_pictures([tmp_path / "b", tmp_path / "b"], ["label"], shape)
+    assert torch.equal(both, torch.cat([pixels, pixels]))
+    assert classes.tolist() == [5, 6, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"img": [png(1)], "label": [None]}, "no label in row 0"),
+        ({"img": [png(1), {"bytes": b"?"}], "label": [0, 1]}, "row 1 holds a picture that cannot be decoded"),
+        ({"img": [png(1), png(1, (16, 32))], "label": [0, 1]}, "row 1 holds a picture of 32 x 16 x 3, where one of 32"),
+        ({"img": [png(1)], "label": ["cat"]}, "labels of type String in label"),
+        ({"img": [[[[1.5] * 3] * 32] * 32], "label": [1]}, "row 0 holds pixels that are no whole numbers"),
+        ({"picture": [png(1)], "label": [1]}, "has the columns picture, label; one must be img or image"),
+    ],
+)
+def test_refuses_damaged_pictures_by_row(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    polars.DataFrame(columns).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_pictures([tmp_path / "a.parquet"], ["label"], (3, 32, 32))
+
+
+def test_reads_shards_and_refuses_damaged_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
+    folder = tmp_path / "tiny-imagenet-32"
+    folder.mkdir()
+    for shard in (0, 1):
+        table = polars.DataFrame({"image": [png(shard)], "label": [199 + shard]})
+        table.write_parquet(folder / f"train-{shard:05d}-of-00002.parquet")
+    images.cache_clear()
+    with pytest.raises(ValueError, match=r"Tiny-ImageNet at 32 x 32's image 1 is 200; labels are 0 to 199"):
+        images("tiny-imagenet-32")
+    polars.DataFrame({"image": [png(1)], "label": [0]}).write_parquet(folder / "train-00001-of-00002.parquet")
+    assert images("tiny-imagenet-32").classes.tolist() == [199, 0]
+    (folder / "train-00000-of-00002.parquet").unlink()
+    images.cache_clear()
+    with pytest.raises(FileNotFoundError, match=r"train-00000-of-00002.parquet is missing: the train set comes in 2"):
+        images("tiny-imagenet-32")
+    (folder / "test.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ValueError, match=r"test.parquet is damaged, or no Parquet file"):
+        images("tiny-imagenet-32", "test")
+    with pytest.raises(ValueError, match=r"there is no data set 'mnits'; there are mnist, emnist"):
+        images("mnits")
+    with pytest.raises(ValueError, match="part is 'dev'; it is one of train, test"):
+        images("mnist", "dev")
 
 
 # --- sum of two -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from perennial.parallel import run_jobs
 from perennial.runs.supply import FRESH, looks_of
 from perennial.storage import RunError
 from perennial.streams import PermutedMNIST
-from perennial.streams.files import cifar10, mnist
+from perennial.streams.files import images, mnist
 from perennial.studies import StudyError, SupplyStudy, TicketStudy, load
 from perennial.tickets.experiment import Job, rows
 
@@ -118,35 +118,35 @@ def test_a_whole_task_is_what_the_stream_shows() -> None:
 
 @needs_mnist
 def test_the_test_set_of_mnist() -> None:
-    images, classes = mnist("test")
-    assert (images.shape, images.dtype) == ((10_000, 784), torch.uint8)
+    pixels, classes = mnist("test")
+    assert (pixels.shape, pixels.dtype) == ((10_000, 784), torch.uint8)
     assert classes.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
 @needs_cifar
 @pytest.mark.slow
 def test_cifar10() -> None:
-    images, classes = cifar10("test")
-    assert (images.shape, images.dtype) == ((10_000, 3, 32, 32), torch.uint8)
+    pixels, classes = images("cifar10", "test")
+    assert (pixels.shape, pixels.dtype) == ((10_000, 3, 32, 32), torch.uint8)
     assert classes.bincount().tolist() == [1000] * 10
-    assert cifar10()[0].shape == (50_000, 3, 32, 32)
+    assert images("cifar10").pixels.shape == (50_000, 3, 32, 32)
 
 
 def test_absent_and_wrong_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import polars
 
-    cifar10.cache_clear()
+    images.cache_clear()
     monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is needed, but there is no .*train\.parquet"):
-        cifar10()
+        images("cifar10")
     (tmp_path / "cifar10").mkdir()
     path = tmp_path / "cifar10" / "train.parquet"
     polars.DataFrame({"image": [1]}).write_parquet(path)
-    with pytest.raises(ValueError, match="has the columns image"):
-        cifar10()
+    with pytest.raises(ValueError, match=r"has the columns image; one must be label"):
+        images("cifar10")
     polars.DataFrame({"img": [{"bytes": b""}], "label": [1]}).write_parquet(path)
-    with pytest.raises(ValueError, match="has 1 rows"):
-        cifar10()
+    with pytest.raises(ValueError, match=r"row 0 holds no picture"):
+        images("cifar10")
 
 
 # --- running ------------------------------------------------------------------------------------------------------

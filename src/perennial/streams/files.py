@@ -1,20 +1,88 @@
-"""Data sets from files."""
+"""Data sets of images, by name: from a folder, or from the Hugging Face hub."""
 
 from __future__ import annotations
 
-import gzip
-import math
+import hashlib
 import os
-import struct
-import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_TYPES = {0x08: torch.uint8}
-"""The IDX format's codes of element types; images and labels are bytes."""
+from perennial.streams.formats import read_idx, read_pictures
+
+
+class Images(NamedTuple):
+    """One part of a data set of images, in the order of its files."""
+
+    pixels: Tensor
+    """uint8 [images, channels, height, width]."""
+    classes: Tensor
+    """int64 [images], from 0."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a data set of images lies, and what must be found there."""
+
+    title: str
+    """How its authors call it."""
+    shape: tuple[int, int, int]
+    """Channels, height, width."""
+    classes: int
+    """Classes; labels run from 0."""
+    counts: tuple[int, int] | None
+    """Images to train on and to test on; None where they vary between versions."""
+    folders: tuple[str, ...]
+    """Names of its folder under ``PERENNIAL_DATA``; the first that is there is read."""
+    stems: tuple[str, ...] = ("",)
+    """What may stand before the names of IDX files."""
+    hub: str | None = None
+    """The data set on the Hugging Face hub to fetch it from where it is in no folder; None: it must be put there."""
+    labels: tuple[str, ...] = ("label",)
+    """Names of the column of labels in Parquet files."""
+
+
+DATA_SETS = {
+    "mnist": DataSet("MNIST", (1, 28, 28), 10, (60_000, 10_000), ("mnist",), hub="ylecun/mnist"),
+    "emnist": DataSet(
+        "EMNIST (47 classes)",
+        (1, 28, 28),
+        47,
+        None,
+        ("emnist", "emnist47"),
+        ("", "emnist-balanced-", "emnist-bymerge-"),
+    ),
+    "fashion_mnist": DataSet(
+        "Fashion-MNIST",
+        (1, 28, 28),
+        10,
+        (60_000, 10_000),
+        ("fashion_mnist", "fashion-mnist"),
+        hub="zalando-datasets/fashion_mnist",
+    ),
+    "cifar10": DataSet("CIFAR-10", (3, 32, 32), 10, (50_000, 10_000), ("cifar10",), hub="uoft-cs/cifar10"),
+    "cifar100": DataSet(
+        "CIFAR-100",
+        (3, 32, 32),
+        100,
+        (50_000, 10_000),
+        ("cifar100",),
+        hub="uoft-cs/cifar100",
+        labels=("fine_label", "label"),
+    ),
+    "tiny-imagenet-32": DataSet("Tiny-ImageNet at 32 x 32", (3, 32, 32), 200, None, ("tiny-imagenet-32",)),
+    "imagenet-32": DataSet(
+        "ImageNet at 32 x 32", (3, 32, 32), 1000, None, ("imagenet-32",), hub="benjamin-paine/imagenet-1k-32x32"
+    ),
+}
+"""Data sets by the names that studies use."""
+
+_PARTS = {"train": (0, "train", ("train",)), "test": (1, "t10k", ("test", "validation", "valid"))}
+"""Position in counts, beginning of IDX files, beginnings of Parquet files."""
 
 
 def data_folder() -> Path | None:
@@ -23,115 +91,151 @@ def data_folder() -> Path | None:
     return Path(named).expanduser() if named else None
 
 
-def read_idx(path: Path) -> Tensor:
-    """The array in an IDX file, gzipped or not (LeCun's format of MNIST): uint8, its shape as the file says.
+@lru_cache(maxsize=4)
+def images(name: str, part: str = "train") -> Images:
+    """One part of a data set, decoded once and kept.
+
+    Read from ``PERENNIAL_DATA/NAME``, either IDX (``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, for the
+    test set ``t10k-...``, gzipped or not) or Parquet as on the Hugging Face hub (``train.parquet`` or
+    ``train-00000-of-00003.parquet``, for the test set ``test`` or ``validation``). What is not there is fetched from
+    the hub, and held against the hub's SHA-256 of it; files stay in the hub's own cache.
+
+    Args:
+        name: one of :data:`DATA_SETS`.
+        part: ``train`` or ``test``.
 
     Raises:
-        ValueError: the file is not IDX, of another element type, cut short or too long; says where.
+        FileNotFoundError: it is not there and cannot be fetched; says what to put where.
+        ValueError: an unknown name or part, or files that are not what they should be; names file and place.
     """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[3] == 0:
+    if name not in DATA_SETS:
+        raise ValueError(f"there is no data set {name!r}; there are {', '.join(DATA_SETS)}")
+    if part not in _PARTS:
+        raise ValueError(f"part is {part!r}; it is one of {', '.join(_PARTS)}")
+    data_set = DATA_SETS[name]
+    number, idx, _ = _PARTS[part]
+    folder = _folder(data_set)
+    idx_files = _idx_files(data_set, folder, idx) if folder else None
+    parquet = _parquet_files(folder, part) if folder and not idx_files else []
+    if idx_files:
+        found = _read_pair(data_set, *idx_files)
+    else:
+        found = Images(*read_pictures(parquet or _fetch(data_set, part), data_set.labels, data_set.shape))
+    if data_set.counts and len(found.classes) != data_set.counts[number]:
+        where = idx_files[0] if idx_files else parquet[0] if parquet else data_set.hub
         raise ValueError(
-            f"{path} is no IDX file: it begins with {data[:4].hex(' ')}, not with 00 00 08 and a dimension"
+            f"{where} holds {len(found.classes)} images; the {part} set of {data_set.title} has "
+            f"{data_set.counts[number]}: it is another data set, or not all of it"
         )
-    if data[2] not in _TYPES:
-        raise ValueError(f"{path} holds elements of type 0x{data[2]:02x} (offset 2); only bytes, 0x08, are read")
-    dims = data[3]
-    begin = 4 + 4 * dims
-    if len(data) < begin:
-        raise ValueError(f"{path} ends at offset {len(data)}, within the sizes of its {dims} dimensions")
-    shape = struct.unpack(f">{dims}I", data[4:begin])
-    if len(data) - begin != math.prod(shape):
-        raise ValueError(
-            f"{path} says that it holds {' x '.join(map(str, shape))} bytes from offset {begin}, and holds "
-            f"{len(data) - begin}"
-        )
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=begin).reshape(shape)
+    _check_classes(data_set, found.classes)
+    return found
 
 
-@lru_cache(maxsize=2)
 def mnist(part: str = "train") -> tuple[Tensor, Tensor]:
-    """The images of MNIST, uint8 [60000, 784], and their classes, int64 [60000], in the original order.
-
-    Read from ``PERENNIAL_DATA/mnist``: the official ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, for
-    the test set ``t10k-...``, gzipped or not.
-
-    Args:
-        part: ``train``, or ``test`` (10,000 images).
-
-    Raises:
-        FileNotFoundError: they are not there; says what to put where.
-        ValueError: they are not what they should be.
-    """
-    name, count = {"train": ("train", 60_000), "test": ("t10k", 10_000)}[part]
-    found = []
-    for file, shape in ((f"{name}-images-idx3-ubyte", (count, 28, 28)), (f"{name}-labels-idx1-ubyte", (count,))):
-        path = _there("MNIST", "mnist", file, f"{file}.gz")
-        array = read_idx(path)
-        if tuple(array.shape) != shape:
-            raise ValueError(f"{path} holds {tuple(array.shape)} bytes, MNIST {shape}: it is another data set")
-        found.append(array)
-    classes = found[1].to(torch.int64)
-    _check_classes("MNIST", classes, 10)
-    return found[0].reshape(-1, 784), classes
+    """The images of MNIST, flat: uint8 [60000, 784] (``test``: 10,000), and their classes, int64 [60000]."""
+    pixels, classes = images("mnist", part)
+    return pixels.flatten(1), classes
 
 
-@lru_cache(maxsize=2)
-def cifar10(part: str = "train") -> tuple[Tensor, Tensor]:
-    """The images of CIFAR-10, uint8 [50000, 3, 32, 32], and their classes, int64 [50000], in the order of the file.
-
-    Read from ``PERENNIAL_DATA/cifar10``: ``train.parquet`` and ``test.parquet``, as on the Hugging Face hub: an encoded
-    picture in column ``img``, its class in ``label``. Needs polars and pillow (the extra ``studies``).
-
-    Args:
-        part: ``train``, or ``test`` (10,000 images).
-
-    Raises:
-        FileNotFoundError: they are not there; says what to put where.
-        ValueError: they are not what they should be.
-    """
-    import io
-
-    import numpy as np
-    import polars
-    from PIL import Image
-
-    path = _there("CIFAR-10", "cifar10", f"{part}.parquet")
-    frame = polars.read_parquet(path)
-    if not {"img", "label"} <= set(frame.columns):
-        raise ValueError(f"{path} has the columns {', '.join(frame.columns)}; CIFAR-10 has img and label")
-    count = {"train": 50_000, "test": 10_000}[part]
-    if frame.height != count:
-        raise ValueError(f"{path} has {frame.height} rows; CIFAR-10's {part} set has {count}")
-    pictures = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in frame["img"]]
-    if any(picture.shape != (32, 32, 3) for picture in pictures):
-        raise ValueError(f"{path} holds pictures that are not 32 x 32: it is another data set")
-    classes = torch.tensor(frame["label"].to_list(), dtype=torch.int64)
-    _check_classes("CIFAR-10", classes, 10)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), classes
-
-
-def _there(title: str, folder: str, *names: str) -> Path:
-    """The first of some files that is there, in a data set's folder."""
+def _folder(data_set: DataSet) -> Path | None:
     base = data_folder()
-    if base is None:
-        raise FileNotFoundError(
-            f"{title} is needed: set the environment variable PERENNIAL_DATA to a folder that holds "
-            f"{folder}/{names[-1]}"
+    return next((base / one for one in data_set.folders if (base / one).is_dir()), None) if base else None
+
+
+def _idx_files(data_set: DataSet, folder: Path, begin: str) -> tuple[Path, Path] | None:
+    """The IDX files of images and of labels, or None where there are none.
+
+    Raises:
+        FileNotFoundError: one is there without the other.
+    """
+    for stem in data_set.stems:
+        begins = [begin, "test"] if stem and begin == "t10k" else [begin]
+        for first in begins:
+            names = [f"{stem}{first}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")]
+            there = [next((p for p in (folder / n, folder / f"{n}.gz") if p.exists()), None) for n in names]
+            if there[0] and there[1]:
+                return there[0], there[1]
+            if there[0] or there[1]:
+                missing = names[0] if there[1] else names[1]
+                raise FileNotFoundError(
+                    f"{data_set.title} is needed, but there is no {folder / missing}.gz; put the official file there"
+                )
+    return None
+
+
+def _read_pair(data_set: DataSet, pictures: Path, labels: Path) -> Images:
+    pixels, classes = read_idx(pictures), read_idx(labels)
+    if tuple(pixels.shape[1:]) != data_set.shape[1:]:
+        raise ValueError(
+            f"{pictures} holds {tuple(pixels.shape)} bytes, {data_set.title} (images, {data_set.shape[1]}, "
+            f"{data_set.shape[2]}): it is another data set"
         )
-    for name in names:
-        if (path := base / folder / name).exists():
-            return path
-    raise FileNotFoundError(
-        f"{title} is needed, but there is no {base / folder / names[-1]}; put the official file there"
-    )
+    if classes.dim() != 1 or len(classes) != len(pixels):
+        raise ValueError(f"{labels} holds {tuple(classes.shape)} labels for the {len(pixels)} images in {pictures}")
+    return Images(pixels[:, None], classes.to(torch.int64))
 
 
-def _check_classes(title: str, classes: Tensor, count: int) -> None:
-    wrong = (classes < 0) | (classes >= count)
+def _parquet_files(folder: Path, part: str) -> list[Path]:
+    """The files of one part in order; several where it is cut into shards.
+
+    Raises:
+        FileNotFoundError: a shard of several is missing.
+    """
+    for begin in _PARTS[part][2]:
+        if (whole := folder / f"{begin}.parquet").exists():
+            return [whole]
+        if shards := sorted(folder.glob(f"{begin}-*-of-*.parquet")):
+            count = int(shards[0].stem.rpartition("-")[2])
+            wanted = [folder / f"{begin}-{n:05d}-of-{count:05d}.parquet" for n in range(count)]
+            if missing := [path for path in wanted if not path.exists()]:
+                raise FileNotFoundError(f"{missing[0]} is missing: the {part} set comes in {count} files")
+            return wanted
+    return []
+
+
+def _fetch(data_set: DataSet, part: str) -> list[Path]:
+    """The Parquet files of one part from the hub, checked."""
+    base, own = data_folder(), data_set.folders[0]
+    file = f"{_PARTS[part][1]}-images-idx3-ubyte.gz" if data_set.shape[0] == 1 else f"{part}.parquet"
+    needed = f"{data_set.title} is needed, but there is no {base / own / file if base else f'{own}/{file}'}"
+    elsewhere = f"set the environment variable PERENNIAL_DATA to the folder that holds {own}/"
+    wanted = "put the official file there" if base else elsewhere
+    if data_set.hub is None:
+        raise FileNotFoundError(f"{needed}; {wanted}")
+    try:
+        from huggingface_hub import HfApi, errors, hf_hub_download
+    except ImportError:
+        raise FileNotFoundError(f"{needed}; {wanted}, or install huggingface_hub to have it fetched") from None
+    try:
+        every = HfApi().list_repo_tree(data_set.hub, repo_type="dataset", recursive=True, expand=False)
+        entries = {e.path: e for e in every if e.path.endswith(".parquet")}
+        chosen = next(
+            (
+                found
+                for begin in _PARTS[part][2]
+                if (found := sorted(p for p in entries if Path(p).name.startswith(f"{begin}-")))
+            ),
+            [],
+        )
+        paths = [Path(hf_hub_download(data_set.hub, path, repo_type="dataset")) for path in chosen]
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(f"{needed}, and it cannot be fetched ({reason}); {wanted}") from error
+    if not chosen:
+        raise FileNotFoundError(f"{needed}, and {data_set.hub} on the hub has no {part} files in Parquet; {wanted}")
+    for path, entry in zip(paths, chosen, strict=True):
+        digest = getattr(getattr(entries[entry], "lfs", None), "sha256", None)
+        with path.open("rb") as opened:
+            have = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest is not None and have != digest:
+            raise ValueError(f"{path} is damaged: its SHA-256 is {have}, on the hub {digest}; delete it and try again")
+    return paths
+
+
+def _check_classes(data_set: DataSet, classes: Tensor) -> None:
+    wrong = (classes < 0) | (classes >= data_set.classes)
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
-        raise ValueError(f"the label of {title}'s image {at} is {int(classes[at])}; labels are 0 to {count - 1}")
+        raise ValueError(
+            f"the label of {data_set.title}'s image {at} is {int(classes[at])}; labels are 0 to {data_set.classes - 1}"
+        )

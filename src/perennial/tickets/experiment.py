@@ -12,7 +12,7 @@ from torch import nn
 
 from perennial.parallel import run_jobs
 from perennial.storage import read_json
-from perennial.streams.files import cifar10, mnist
+from perennial.streams.files import images, mnist
 from perennial.tickets.control import CONTROLS, run_control
 from perennial.tickets.find import Level, Pruning, Stage, Ticket, find_ticket
 from perennial.tickets.networks import NETWORKS
@@ -208,7 +208,7 @@ def _mnist() -> Data:
 
 def _cifar10() -> Data:
     """Each channel less its mean over the training set, by its standard deviation."""
-    (x, y), (test, classes) = (cifar10(part) for part in ("train", "test"))
+    (x, y), (test, classes) = (images("cifar10", part) for part in ("train", "test"))
     mean, spread = x.float().mean((0, 2, 3), keepdim=True), x.float().std((0, 2, 3), keepdim=True)
     return Data((x - mean) / spread, y, ((test - mean) / spread, classes))
 
