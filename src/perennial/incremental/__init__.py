@@ -1,4 +1,4 @@
-"""Classes that arrive: a network is trained on more and more of them, by ordinary PyTorch and :func:`perennial.attach`."""
+"""Classes that arrive: ordinary training in PyTorch on more and more of them, with :func:`perennial.attach`."""
 
 from typing import TYPE_CHECKING, Any
 

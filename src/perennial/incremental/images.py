@@ -30,8 +30,8 @@ class ArrivingImages:
         there = int(train.classes.max()) + 1
         if there < setting.classes:
             raise ValueError(
-                f"{setting.increments} increments of {setting.arriving} classes are {setting.classes}; {setting.data} "
-                f"has {there}"
+                f"{setting.increments} increments of {setting.per_increment} classes are {setting.classes}; "
+                f"{setting.data} has {there}"
             )
         height, width = train.pixels.shape[2:]
         if height != width or height % setting.side:
@@ -47,16 +47,14 @@ class ArrivingImages:
         self.train = made(train.pixels, parts.train[:used])
         self.validation = made(train.pixels, parts.validation[:used])
         self.test = made(test.pixels, tested[:used])
-        self.after = made(train.pixels, parts.train[used : used + setting.arriving])
+        self.after = made(train.pixels, parts.train[used : used + setting.per_increment])
         """Training images of the classes that would arrive next; fewer, or none, where none are left."""
         mean, spread = torch.tensor(MEAN, device=device), torch.tensor(SPREAD, device=device)
         self._factor, self._shift = (1 / (255 * spread))[:, None, None], (mean / spread)[:, None, None]
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, 3, side, side] -> float32 of mean 0 and standard deviation 1 over the data set, channels last in
-        memory."""
-        scaled = pixels.to(torch.float32) * self._factor - self._shift
-        return scaled.contiguous(memory_format=torch.channels_last)
+        """uint8 [n, 3, side, side] -> float32 of mean 0 and standard deviation 1 over the data set."""
+        return pixels.to(torch.float32) * self._factor - self._shift
 
     def arriving_next(self, seen: int, arriving: int, count: int) -> Tensor:
         """Training images of the classes that arrive after the first ``seen``, normalised: up to ``count``, as many of

@@ -36,7 +36,9 @@ def diagnose(model: ResNet18, images: Tensor) -> dict[str, float]:
     }
 
 
-def accuracy(model: nn.Module, images: Callable[[slice], Tensor], targets: Tensor, seen: int, batch: int = 500) -> float:
+def accuracy(
+    model: nn.Module, images: Callable[[slice], Tensor], targets: Tensor, seen: int, batch: int = 500
+) -> float:
     """Share of images whose largest logit among those of the classes ``seen`` is their own, in evaluation mode.
 
     Args:

@@ -39,8 +39,10 @@ class ImageTraining:
     """Shares of the epochs of an increment after which the step size falls: epochs 60, 120 and 160 of 200."""
     factor: float = 0.2
     """By what it falls."""
+    augment: bool = True
+    """Mirror, move and turn training images at random (:class:`perennial.streams.augment.Augmentation`)."""
     shift: int = 4
-    """Pixels by which images are moved."""
+    """Pixels by which they are moved."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Numbers in which a GPU computes activations (``torch.autocast``); a CPU computes in float32."""
 
@@ -114,7 +116,7 @@ class ArrivingClasses:
     """Name of the data set (:func:`perennial.streams.images`)."""
     increments: int = 20
     """How often classes arrive."""
-    arriving: int = 5
+    per_increment: int = 5
     """Classes at a time."""
     train: int = 450
     """Images of each class to train on."""
@@ -138,7 +140,7 @@ class ArrivingClasses:
             raise ValueError("methods is empty; a study compares at least one")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {self.seeds}; they are different whole numbers from 0, at least one")
-        for name in ("increments", "arriving", "train", "validation", "test", "side", "width", "diagnosed"):
+        for name in ("increments", "per_increment", "train", "validation", "test", "side", "width", "diagnosed"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.training.shift >= self.side:
@@ -147,7 +149,7 @@ class ArrivingClasses:
     @property
     def classes(self) -> int:
         """How many arrive in all."""
-        return self.increments * self.arriving
+        return self.increments * self.per_increment
 
     def jobs(self) -> list[Job]:
         """All runs, seed by seed."""
@@ -155,7 +157,7 @@ class ArrivingClasses:
 
     def batches(self, increment: int) -> int:
         """Steps of an epoch of an increment, from 0."""
-        images = (increment + 1) * self.arriving * self.train
+        images = (increment + 1) * self.per_increment * self.train
         return -(-images // self.training.batch_size)
 
     def steps(self, job: Job) -> int:
