@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -210,7 +209,7 @@ def test_the_rate_starts_anew_at_each_increment() -> None:
     while learner.increment < 2:
         learner.epoch_of_training()
         rates.append(learner.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.5, 0.1, 0.02] * 2)  # milestones at epochs 1, 2 and 2 of 3
+    assert rates == pytest.approx([0.5, 0.1, 0.004] * 2)  # milestones at epochs 1, 2 and 2 of 3
     assert learner.step == SMALL.steps(Job("backprop", 0)) == 3 * (3 + 5)
 
 
@@ -285,7 +284,7 @@ def test_retraining_begins_with_another_network_each_time() -> None:
     learner._begin_increment()
     assert not torch.equal(learner.model.conv1.weight, trained)
     assert not torch.equal(learner.model.conv1.weight, first)
-    assert learner.model.conv1.weight.std() == pytest.approx(math.sqrt(2 / 27), rel=0.3)
+    assert learner.model.conv1.weight.detach().std().item() == pytest.approx(math.sqrt(2 / 27), rel=0.3)
     assert not learner.optimizer.state
     assert len(learner.keepers) == 1
 
@@ -391,8 +390,8 @@ def test_all_runs_of_a_study_are_made_and_made_once(tmp_path: Path, monkeypatch:
         run_arriving(setting, tmp_path, workers=1, progress=lambda job, step: steps.update({job: step}))
     assert made == setting.jobs() == [Job("backprop", 0), Job("backprop", 1)]
     assert steps == dict.fromkeys(made, 24)
-    first, second = ([r["test_accuracy"] for r in job.results(tmp_path)["increments"]] for job in made)  # type: ignore[index]
-    assert first != second or json.dumps(made[0].results(tmp_path)) != json.dumps(made[1].results(tmp_path))
+    losses = [job.results(tmp_path)["increments"][0]["training_loss"] for job in made]  # type: ignore[index]
+    assert losses[0] != losses[1]
 
 
 def test_a_coupled_penalty_and_an_exact_utility_get_what_they_need() -> None:

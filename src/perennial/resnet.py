@@ -55,7 +55,8 @@ class ResNet18(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Images [batch, 3, height, width] -> what the last layer reads, [batch, 8 width]."""
-        return self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3))
+        h: Tensor = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        return h.mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [batch, 3, height, width] -> logits [batch, classes]."""

@@ -42,7 +42,8 @@ class ArrivingImages:
         used = setting.classes
 
         def made(pixels: Tensor, where: Tensor) -> Tensor:
-            return _smaller(pixels[where.flatten()], setting.side).unflatten(0, tuple(where.shape)).to(device)
+            small = _smaller(pixels[where.flatten()], setting.side)
+            return small.reshape(*where.shape, *small.shape[1:]).to(device)
 
         self.train = made(train.pixels, parts.train[:used])
         self.validation = made(train.pixels, parts.validation[:used])

@@ -201,7 +201,7 @@ class Learner:
             for keeper in self.keepers:
                 if isinstance(keeper.method, Regulariser) and keeper.method.coupled:
                     loss = loss + keeper.penalty()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
             self.step += 1
             pulse(self.step)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
-from markupsafe import Markup
 
 from perennial.lm import DominantTickets, TextStream
 from perennial.report.lm_figures import draw_dominant, draw_texts, kind_name, kind_of
 from perennial.report.lm_tables import DominantTables, tabulate_dominant, tabulate_texts
-from perennial.report.svg import FONTS, Drawing
-from perennial.report.templates import link, template, write_texts
-from perennial.report.words import interval_text, mean_text, number
+from perennial.report.sections import cell, section, write_page
+from perennial.report.words import number
 
-_NONE = {"mean": "\N{EN DASH}", "interval": ""}
 _SEQUENCES = {
     "average": ("Average at the end, %", 100.0),
     "forgetting": ("Forgetting, points", 100.0),
@@ -71,13 +65,13 @@ def write_text_report(stream: TextStream, directory: Path, **about: str) -> Path
         _seeds(len(stream.seeds), stream.part),
     ]
     sections = [
-        _section("Sequences", ["plane", "accuracy-matrix"], _SEQUENCE_NOTE, tables.methods, _SEQUENCES, seconds=True),
-        _section("Does it lose plasticity?", ["learning"], _LEARNING_NOTE),
-        _section("Adapters", ["collisions"], _ADAPTER_NOTE, tables.collisions, _ADAPTERS),
+        section("Sequences", ["plane", "accuracy-matrix"], _SEQUENCE_NOTE, tables.methods, _SEQUENCES, seconds=True),
+        section("Does it lose plasticity?", ["learning"], _LEARNING_NOTE),
+        section("Adapters", ["collisions"], _ADAPTER_NOTE, tables.collisions, _ADAPTERS),
     ]
     frames = {"methods": tables.methods, "collisions": tables.collisions, "tasks": tables.tasks}
     drawings = draw_texts(tables, stream.names)
-    return _write(directory, facts, sections, drawings, frames, tables.finished, len(stream.jobs()), about)
+    return write_page(directory, facts, sections, drawings, frames, tables.finished, len(stream.jobs()), about)
 
 
 def write_dominant_report(experiment: DominantTickets, directory: Path, **about: str) -> Path:
@@ -96,14 +90,14 @@ def write_dominant_report(experiment: DominantTickets, directory: Path, **about:
             (pl.col("selection") + ", " + pl.col("relation")).alias("label")
         )
     sections = [
-        _section("Tickets and controls", ["scores"], _TICKET_NOTE, labelled, _TICKETS, extra="trained"),
-        _section("Are tickets of different tasks alike?", ["overlap"], _OVERLAP_NOTE, overall,
+        section("Tickets and controls", ["scores"], _TICKET_NOTE, labelled, _TICKETS, extra="trained"),
+        section("Are tickets of different tasks alike?", ["overlap"], _OVERLAP_NOTE, overall,
                  {"iou": ("Intersection by union", 1.0), "floor": ("By chance", 1.0)}),
-        _section("What moved", ["moved"], ["After the search, mean over tasks and seeds."]),
+        section("What moved", ["moved"], ["After the search, mean over tasks and seeds."]),
     ]  # fmt: skip
     frames = {"scores": tables.scores, "moved": tables.kept, "overlap": tables.overlap}
     drawings = draw_dominant(tables)
-    return _write(directory, facts, sections, drawings, frames, tables.finished, len(experiment.jobs()), about)
+    return write_page(directory, facts, sections, drawings, frames, tables.finished, len(experiment.jobs()), about)
 
 
 _SEQUENCE_NOTE = [
@@ -158,68 +152,6 @@ def _labelled(tables: DominantTables) -> pl.DataFrame:
 def _printed(rows: pl.DataFrame, columns: dict[str, tuple[str, float]], first: str) -> pl.DataFrame:
     found = []
     for row in rows.iter_rows(named=True):
-        cells = {title: _cell(row, name, scale) for name, (title, scale) in columns.items()}
+        cells = {title: cell(row, name, scale) for name, (title, scale) in columns.items()}
         found.append({first: row["label"]} | {t: f"{c['mean']} {c['interval']}".strip() for t, c in cells.items()})
     return pl.DataFrame(found)
-
-
-def _cell(row: dict[str, Any], name: str, scale: float) -> dict[str, str]:
-    if row[name] is None:
-        return _NONE
-    value, low, high = scale * row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
-    low, high = (None if end is None else scale * end for end in (low, high))
-    return {"mean": mean_text(value, low, high), "interval": interval_text(value, low, high)}
-
-
-def _section(
-    title: str,
-    figures: Sequence[str],
-    notes: Sequence[str],
-    rows: pl.DataFrame | None = None,
-    columns: dict[str, tuple[str, float]] | None = None,
-    *,
-    seconds: bool = False,
-    extra: str = "",
-) -> dict[str, Any]:
-    body, heads = [], [title for title, _ in (columns or {}).values()]
-    heads += ["Seconds a step"] if seconds else ["Weights"] if extra else []
-    for row in rows.iter_rows(named=True) if rows is not None else ():
-        cells = [_cell(row, name, scale) for name, (_, scale) in (columns or {}).items()]
-        if seconds:
-            cells.append({"mean": f"{row['seconds']:.3g}", "interval": ""})
-        elif extra:
-            cells.append({"mean": f"{row[extra]:,}", "interval": ""})
-        body.append({"label": row["label"], "cells": cells})
-    return {"title": title, "figures": figures, "notes": notes, "heads": heads, "rows": body}
-
-
-def _write(
-    directory: Path,
-    facts: Sequence[str],
-    sections: Sequence[dict[str, Any]],
-    drawings: Sequence[Drawing],
-    frames: dict[str, pl.DataFrame],
-    finished: int,
-    planned: int,
-    about: dict[str, str],
-) -> Path:
-    texts = {f"{name}.csv": frame.write_csv() for name, frame in frames.items() if not frame.is_empty()}
-    page = template("lm.html.j2").render(
-        fonts=Markup(FONTS),
-        title=about["title"],
-        paragraphs=[p for p in re.split(r"\n\s*\n", about["description"].strip()) if p],
-        source=about["source"],
-        command=about.get("command", ""),
-        study_text=(text := about.get("study_text", "")),
-        study_link=link(text, "text/yaml") if text else "",
-        facts=facts,
-        sections=sections,
-        drawn={d.name: {"svg": Markup(d.svg), "plot_share": d.plot_share} for d in drawings},
-        finished=finished,
-        planned=planned,
-        links=[{"name": name, "href": link(text, "text/csv")} for name, text in texts.items()],
-    )
-    write_texts(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings})
-    write_texts(directory / "tables", texts)
-    write_texts(directory, {"report.html": page + "\n"})
-    return directory / "report.html"
