@@ -63,7 +63,7 @@ def write_arriving_report(setting: ArrivingClasses, directory: Path, **about: st
         f"{setting.side} x {setting.side}, {'' if training.augment else 'not '}augmented",
         f"ResNet-18 of width {setting.width}, {training.epochs} epochs an increment, batches of {training.batch_size}",
         f"SGD, step size {number(training.lr)}, momentum {number(training.momentum)}, decay "
-        f"{number(training.weight_decay)}; {training.precision} on a GPU",
+        f"{number(training.weight_decay)}{', bfloat16 on a GPU' if training.precision == 'bfloat16' else ''}",
         f"{len(setting.seeds)} seed{'' if len(setting.seeds) == 1 else 's'}",
     ]
     drawings = draw_arriving(tables, _scratch(setting))
