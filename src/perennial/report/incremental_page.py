@@ -67,13 +67,13 @@ def write_arriving_report(setting: ArrivingClasses, directory: Path, **about: st
         f"{len(setting.seeds)} seed{'' if len(setting.seeds) == 1 else 's'}",
     ]
     drawings = draw_arriving(tables, _scratch(setting))
-    notes = [*_NOTE, *_divergence(tables.methods)]
     sections = [
-        section("Accuracy", ["accuracy", "difference"], notes, tables.methods, _ACCURACY, seconds=True),
+        section("Accuracy", ["accuracy", "difference"], _NOTE, tables.methods, _ACCURACY, seconds=True),
         section("Units", ["units"], _UNITS_NOTE, tables.methods, _UNITS),
     ]
     frames = {"methods": tables.methods, "increments": tables.increments}
-    return write_page(directory, facts, sections, drawings, frames, tables.finished, len(setting.jobs()), about)
+    progress = (tables.finished, len(setting.jobs()))
+    return write_page(directory, facts, _divergence(tables.methods), sections, drawings, frames, progress, about)
 
 
 def arriving_summary(setting: ArrivingClasses, directory: Path) -> pl.DataFrame:

@@ -34,7 +34,7 @@ def section(
     columns: dict[str, tuple[str, float]] | None = None,
     *,
     seconds: bool = False,
-    extra: str = "",
+    weights: bool = False,
 ) -> dict[str, Any]:
     """A section of a page.
 
@@ -45,28 +45,29 @@ def section(
         rows: of its table, with ``label``.
         columns: of the table: name -> heading and factor.
         seconds: add the column ``seconds``, of a step.
-        extra: add this column of counts of weights.
+        weights: add the column ``trained``, a count of weights, with their ``share``.
     """
     body, heads = [], [title for title, _ in (columns or {}).values()]
-    heads += ["Seconds a step"] if seconds else ["Weights"] if extra else []
+    heads += ["Seconds a step"] if seconds else ["Weights"] if weights else []
     for row in rows.iter_rows(named=True) if rows is not None else ():
         cells = [cell(row, name, scale) for name, (_, scale) in (columns or {}).items()]
         if seconds:
             cells.append({"mean": f"{row['seconds']:.3g}", "interval": ""})
-        elif extra:
-            cells.append({"mean": f"{row[extra]:,}", "interval": ""})
+        elif weights:
+            share = "" if row["share"] is None else f"{100 * row['share']:.3g}%"
+            cells.append({"mean": f"{row['trained']:,}", "interval": share})
         body.append({"label": row["label"], "cells": cells})
-    return {"title": title, "figures": figures, "notes": notes, "heads": heads, "rows": body}
+    return {"title": title, "figures": figures, "notes": notes, "heads": heads, "rows": body, "key": []}
 
 
 def write_page(
     directory: Path,
     facts: Sequence[str],
+    notes: Sequence[str],
     sections: Sequence[dict[str, Any]],
     drawings: Sequence[Drawing],
     frames: dict[str, pl.DataFrame],
-    finished: int,
-    planned: int,
+    progress: tuple[int, int],
     about: dict[str, str],
 ) -> Path:
     """Write ``report.html``, ``figures/*.svg`` and ``tables/*.csv`` into a run directory; the page's path.
@@ -74,11 +75,11 @@ def write_page(
     Args:
         directory: of the run.
         facts: short, in one line.
+        notes: what is to be known of the whole run.
         sections: made by :func:`section`.
         drawings: whatever sections name.
         frames: tables to be downloaded.
-        finished: runs.
-        planned: runs.
+        progress: runs that have finished, and runs in all.
         about: ``title``, ``description``, ``source``, ``command`` and ``study_text``.
     """
     texts = {f"{name}.csv": frame.write_csv() for name, frame in frames.items() if not frame.is_empty()}
@@ -91,10 +92,11 @@ def write_page(
         study_text=(text := about.get("study_text", "")),
         study_link=link(text, "text/yaml") if text else "",
         facts=facts,
+        notes=notes,
         sections=sections,
-        drawn={d.name: {"svg": Markup(d.svg), "plot_share": d.plot_share} for d in drawings},
-        finished=finished,
-        planned=planned,
+        drawn={d.name: Markup(d.svg) for d in drawings},
+        finished=progress[0],
+        planned=progress[1],
         links=[{"name": name, "href": link(text, "text/csv")} for name, text in texts.items()],
     )
     write_texts(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings})

@@ -145,7 +145,7 @@ class Variant:
     """The swept values by dotted name."""
     rule: Rule
     interventions: tuple[Intervention, ...]
-    network: networks.MLP | networks.Linear
+    network: networks.Network
 
     def lane(self, seed: int) -> Lane:
         """The run of this variant with a seed."""
