@@ -113,7 +113,7 @@ class ArrivingClasses:
     methods: Mapping[str, ImageRecipe]
     """What is compared, by key."""
     data: str = "cifar100"
-    """Name of the data set (:func:`perennial.streams.images`)."""
+    """Name of a data set of images in colour, one of ``perennial.streams.files.DATA_SETS``."""
     increments: int = 20
     """How often classes arrive."""
     per_increment: int = 5
