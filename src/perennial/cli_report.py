@@ -10,7 +10,7 @@ import yaml
 
 from perennial import report
 from perennial.storage import read_json
-from perennial.studies import DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, load
+from perennial.studies import ArrivingStudy, DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, load
 
 
 def write_report(directory: Path) -> Path:
@@ -33,6 +33,10 @@ def write_report(directory: Path) -> Path:
         if isinstance(study, TextStudy):
             return lm_page.write_text_report(study.texts, directory, **words)
         return lm_page.write_dominant_report(study.dominant, directory, **words)
+    if isinstance(study, ArrivingStudy):
+        from perennial.report.incremental_page import write_arriving_report
+
+        return write_arriving_report(study.arriving, directory, **words)
     if isinstance(study, TicketStudy):
         from perennial.report.tickets_page import write_ticket_report
 
@@ -53,6 +57,10 @@ def summary_table(directory: Path) -> polars.DataFrame:
         if isinstance(study, TextStudy):
             return lm_page.text_summary(study.texts, directory)
         return lm_page.dominant_summary(study.dominant, directory)
+    if isinstance(study, ArrivingStudy):
+        from perennial.report.incremental_page import arriving_summary
+
+        return arriving_summary(study.arriving, directory)
     if isinstance(study, TicketStudy):
         from perennial.report.tickets_page import ticket_summary
 

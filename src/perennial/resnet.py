@@ -53,8 +53,12 @@ class ResNet18(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
+    def features(self, x: Tensor) -> Tensor:
+        """Images [batch, 3, height, width] -> what the last layer reads, [batch, 8 width]."""
+        h: Tensor = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        return h.mean((2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
         """Images [batch, 3, height, width] -> logits [batch, classes]."""
-        h = self.blocks(F.relu(self.bn1(self.conv1(x))))
-        out: Tensor = self.fc(h.mean((2, 3)))
+        out: Tensor = self.fc(self.features(x))
         return out

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from markupsafe import Markup
 
 from perennial.lm import DominantTickets, TextStream
 from perennial.report.dominant_figures import draw_dominant, kind_name, kind_of
 from perennial.report.lm_figures import RATIO_ENDS, draw_texts, method_looks
 from perennial.report.lm_tables import DominantTables, TextTables, tabulate_dominant, tabulate_texts
 from perennial.report.lm_words import dominant_notes, text_notes
-from perennial.report.svg import FONTS, Drawing
-from perennial.report.templates import link, template, write_texts
-from perennial.report.words import interval_text, mean_text, number
+from perennial.report.sections import cell, section, write_page
+from perennial.report.words import number
 
-_NONE = {"mean": "\N{EN DASH}", "interval": ""}
 _SEQUENCES = {
     "average": ("Average at the end, %", 100.0),
     "forgetting": ("Forgetting, points", 100.0),
@@ -74,15 +69,15 @@ def write_text_report(stream: TextStream, directory: Path, **about: str) -> Path
         _seeds(len(stream.seeds), stream.part),
     ]
     sections = [
-        _section("Sequences", ["plane", "accuracy-matrix"], _SEQUENCE_NOTE, tables.methods, _SEQUENCES, seconds=True)
+        section("Sequences", ["plane", "accuracy-matrix"], _SEQUENCE_NOTE, tables.methods, _SEQUENCES, seconds=True)
         | {"key": _key(tables)},
-        _section("Does it lose plasticity?", ["learning"], _LEARNING_NOTE),
-        _section("Adapters", ["collisions"], _ADAPTER_NOTE, tables.collisions, _ADAPTERS),
+        section("Does it lose plasticity?", ["learning"], _LEARNING_NOTE),
+        section("Adapters", ["collisions"], _ADAPTER_NOTE, tables.collisions, _ADAPTERS),
     ]
     frames = {"methods": tables.methods, "collisions": tables.collisions, "tasks": tables.tasks}
     drawings = draw_texts(tables, stream.names)
     progress = (tables.finished, len(stream.jobs()))
-    return _write(directory, facts, text_notes(stream, tables), sections, drawings, frames, progress, about)
+    return write_page(directory, facts, text_notes(stream, tables), sections, drawings, frames, progress, about)
 
 
 def write_dominant_report(experiment: DominantTickets, directory: Path, **about: str) -> Path:
@@ -100,16 +95,16 @@ def write_dominant_report(experiment: DominantTickets, directory: Path, **about:
             (pl.col("selection") + ", " + pl.col("relation")).alias("label")
         )
     sections = [
-        _section("Tickets and controls", ["scores", "scores-by-count"], _TICKET_NOTE, tables.scores, _TICKETS,
+        section("Tickets and controls", ["scores", "scores-by-count"], _TICKET_NOTE, tables.scores, _TICKETS,
                  weights=True),
-        _section("Are tickets of different tasks alike?", ["overlap"], _OVERLAP_NOTE, overall,
+        section("Are tickets of different tasks alike?", ["overlap"], _OVERLAP_NOTE, overall,
                  {"iou": ("Intersection by union", 1.0), "floor": ("By chance", 1.0)}),
-        _section("What moved", ["moved"], ["After the search, mean over tasks and seeds."]),
+        section("What moved", ["moved"], ["After the search, mean over tasks and seeds."]),
     ]  # fmt: skip
     frames = {"scores": tables.scores.drop("label"), "moved": tables.kept, "overlap": tables.overlap}
     drawings = draw_dominant(tables)
     progress = (tables.finished, len(experiment.jobs()))
-    return _write(directory, facts, dominant_notes(experiment, tables), sections, drawings, frames, progress, about)
+    return write_page(directory, facts, dominant_notes(experiment, tables), sections, drawings, frames, progress, about)
 
 
 _SEQUENCE_NOTE = [
@@ -178,70 +173,6 @@ def _labelled(tables: DominantTables) -> DominantTables:
 def _printed(rows: pl.DataFrame, columns: dict[str, tuple[str, float]], first: str) -> pl.DataFrame:
     found = []
     for row in rows.iter_rows(named=True):
-        cells = {title: _cell(row, name, scale) for name, (title, scale) in columns.items()}
+        cells = {title: cell(row, name, scale) for name, (title, scale) in columns.items()}
         found.append({first: row["label"]} | {t: f"{c['mean']} {c['interval']}".strip() for t, c in cells.items()})
     return pl.DataFrame(found)
-
-
-def _cell(row: dict[str, Any], name: str, scale: float) -> dict[str, str]:
-    if row[name] is None:
-        return _NONE
-    value, low, high = scale * row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
-    low, high = (None if end is None else scale * end for end in (low, high))
-    return {"mean": mean_text(value, low, high), "interval": interval_text(value, low, high)}
-
-
-def _section(
-    title: str,
-    figures: Sequence[str],
-    notes: Sequence[str],
-    rows: pl.DataFrame | None = None,
-    columns: dict[str, tuple[str, float]] | None = None,
-    *,
-    seconds: bool = False,
-    weights: bool = False,
-) -> dict[str, Any]:
-    body, heads = [], [title for title, _ in (columns or {}).values()]
-    heads += ["Seconds a step"] if seconds else ["Weights"] if weights else []
-    for row in rows.iter_rows(named=True) if rows is not None else ():
-        cells = [_cell(row, name, scale) for name, (_, scale) in (columns or {}).items()]
-        if seconds:
-            cells.append({"mean": f"{row['seconds']:.3g}", "interval": ""})
-        elif weights:
-            share = "" if row["share"] is None else f"{100 * row['share']:.3g}%"
-            cells.append({"mean": f"{row['trained']:,}", "interval": share})
-        body.append({"label": row["label"], "cells": cells})
-    return {"title": title, "figures": figures, "notes": notes, "heads": heads, "rows": body, "key": []}
-
-
-def _write(
-    directory: Path,
-    facts: Sequence[str],
-    notes: Sequence[str],
-    sections: Sequence[dict[str, Any]],
-    drawings: Sequence[Drawing],
-    frames: dict[str, pl.DataFrame],
-    progress: tuple[int, int],
-    about: dict[str, str],
-) -> Path:
-    texts = {f"{name}.csv": frame.write_csv() for name, frame in frames.items() if not frame.is_empty()}
-    page = template("lm.html.j2").render(
-        fonts=Markup(FONTS),
-        title=about["title"],
-        paragraphs=[p for p in re.split(r"\n\s*\n", about["description"].strip()) if p],
-        source=about["source"],
-        command=about.get("command", ""),
-        study_text=(text := about.get("study_text", "")),
-        study_link=link(text, "text/yaml") if text else "",
-        facts=facts,
-        notes=notes,
-        sections=sections,
-        drawn={d.name: Markup(d.svg) for d in drawings},
-        finished=progress[0],
-        planned=progress[1],
-        links=[{"name": name, "href": link(text, "text/csv")} for name, text in texts.items()],
-    )
-    write_texts(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings})
-    write_texts(directory / "tables", texts)
-    write_texts(directory, {"report.html": page + "\n"})
-    return directory / "report.html"

@@ -27,7 +27,7 @@ from perennial.runs.job import work
 from perennial.runs.plan import Job, lanes_of, make_plan, read_plan
 from perennial.runs.supply import looks_of, run_supply
 from perennial.storage import RunError, read_json, write, write_json
-from perennial.studies import DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, as_yaml, seeds_of
+from perennial.studies import ArrivingStudy, DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, as_yaml, seeds_of
 from perennial.tickets.experiment import run_experiment
 
 
@@ -132,6 +132,8 @@ def _run_other(study: OtherStudy, directory: Path, workers: int, device: torch.d
                 _learn_texts(study, directory, workers, device, progress)
             elif isinstance(study, DominantStudy):
                 _find_dominant(study, directory, workers, device, progress)
+            elif isinstance(study, ArrivingStudy):
+                _learn_classes(study, directory, workers, device, progress)
             else:
                 seeds = len(seeds_of(study.life, "life"))
                 totals = {"lives": seeds * study.life.steps * len(study.life.methods), "looks": len(looks_of(study))}
@@ -178,6 +180,18 @@ def _find_dominant(
     experiment = study.dominant
     advance = _advance(progress, {job: experiment.steps(job) for job in experiment.jobs()}, lambda job: job.kind)
     run_dominant(experiment, directory, workers=workers, device=str(device), progress=advance)
+
+
+def _learn_classes(
+    study: ArrivingStudy, directory: Path, workers: int, device: torch.device, progress: Progress
+) -> None:
+    """All runs of a study of arriving classes."""
+    from perennial.incremental import run_arriving
+
+    setting = study.arriving
+    steps = {job: setting.steps(job) for job in setting.jobs()}
+    advance = _advance(progress, steps, lambda job: setting.methods[job.method].label or job.method)
+    run_arriving(setting, directory, workers=workers, device=str(device), progress=advance)
 
 
 def _advance(progress: Progress, steps: Mapping[Any, int], kind: Callable[[Any], str]) -> Callable[[Any, int], None]:

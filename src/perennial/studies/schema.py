@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from perennial import methods, networks, streams
+from perennial.incremental import ArrivingClasses
 from perennial.lm import DominantTickets, TextStream
 from perennial.methods import Intervention, Method, Rule
 from perennial.population import Lane
@@ -123,6 +124,13 @@ class DominantStudy(_Described):
 
     dominant: DominantTickets
     """The tasks, the model, what is selected and what it is compared with."""
+
+
+class ArrivingStudy(_Described):
+    """A convolutional network that is trained on more and more classes of images, by several methods."""
+
+    arriving: ArrivingClasses
+    """The images, the network, the training, the methods and the seeds."""
 
 
 @dataclass(frozen=True)
