@@ -19,7 +19,18 @@ from scipy import stats
 from torch import Tensor
 
 from perennial import SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, SlowlyChangingRegression
-from perennial.streams import REGISTRY, ClassPairs, PermutedMNIST, Stream, SumOfTwo
+from perennial.streams import (
+    REGISTRY,
+    ClassPairs,
+    LabelPermutedCIFAR10,
+    LabelPermutedEMNIST,
+    LabelPermutedMiniImageNet,
+    NaturePermutedMNIST,
+    PermutedMNIST,
+    StationaryMNIST,
+    Stream,
+    SumOfTwo,
+)
 from perennial.streams.files import images, mnist
 from perennial.streams.formats import read_idx, read_pictures
 
@@ -41,17 +52,34 @@ SMALL: dict[str, Stream] = {
     "no fast bits": SlowlyChangingRegression(slow_bits=4, fast_bits=0, flip_after=20, target_units=10),
     "digits": PermutedDigits(),
     "mnist": PermutedMNIST(task_steps=40),
+    "nature mnist": NaturePermutedMNIST(task_steps=40),
+    "stationary mnist": StationaryMNIST(task_steps=40),
+    "emnist": LabelPermutedEMNIST(task_steps=40),
+    "cifar10": LabelPermutedCIFAR10(task_steps=40),
+    "mini-imagenet": LabelPermutedMiniImageNet(task_steps=40),
     "sum": SumOfTwo(task_steps=20),
     "pairs": ClassPairs(epochs=2, batch_size=60),
 }
-needs_pictures = pytest.mark.skipif(
-    not (DATA / "tiny-imagenet-32" / "train.parquet").exists(),
-    reason="Tiny-ImageNet is not here: set PERENNIAL_DATA to a folder that holds tiny-imagenet-32/",
-)
-NEEDS = {"mnist": needs_mnist, "pairs": needs_pictures}
-every_stream = pytest.mark.parametrize(
-    "stream", [pytest.param(s, id=n, marks=NEEDS.get(n, ())) for n, s in SMALL.items()]
-)
+FILES = {
+    "mnist": "mnist/train-images-idx3-ubyte.gz",
+    "nature mnist": "mnist/train-images-idx3-ubyte.gz",
+    "stationary mnist": "mnist/train-images-idx3-ubyte.gz",
+    "emnist": "emnist47/train-images-idx3-ubyte.gz",
+    "cifar10": "cifar10/train.parquet",
+    "pairs": "tiny-imagenet-32/train.parquet",
+    "mini-imagenet": "mini-imagenet/features.npz",
+}
+
+
+def needs(name: str) -> list[pytest.MarkDecorator]:
+    if name not in FILES:
+        return []
+    absent = not (DATA / FILES[name]).exists()
+    marks = [pytest.mark.skipif(absent, reason=f"{FILES[name]} is not here: set PERENNIAL_DATA to the folder of it")]
+    return [*marks, pytest.mark.slow] if name == "cifar10" else marks
+
+
+every_stream = pytest.mark.parametrize("stream", [pytest.param(s, id=n, marks=needs(n)) for n, s in SMALL.items()])
 
 
 def test_every_stream_is_tested() -> None:
@@ -336,6 +364,78 @@ def test_mnist_is_permuted_from_the_original_and_visited_once_a_pass() -> None:
     assert len(still(0, 25_000)) >= unused
     assert still(0, 25_000) != still(25_000, 50_000)
     assert len(still(0, 50_000)) < unused
+
+
+@needs_mnist
+def test_the_papers_permutations_build_on_each_other_and_tasks_begin_passes() -> None:
+    stream = NaturePermutedMNIST(task_steps=70_000)
+    feed: Any = stream.open([3, 4], torch.device("cpu"))
+    first, second = (feed.pixels(task) for task in (0, 1))
+    drawn = feed.noise(1).uniform("pixels", 784)[0].argsort(dim=0, stable=True)
+    assert torch.equal(second, first.gather(0, drawn))
+    assert torch.equal(stream.open([3], torch.device("cpu")).pixels(1)[:, 0], second[:, 0])
+    # A task of 70,000 is a whole pass and the beginning of another; the next task begins a third.
+    shown = torch.cat([feed.examples(at, 5000).targets[:, 0, 0] for at in range(0, 75_000, 5000)])
+    counts = mnist()[1].bincount()
+    assert torch.equal(shown[:60_000].bincount(), counts)
+    orders = [feed.order(epoch)[:, 0] for epoch in range(3)]
+    classes = mnist()[1]
+    assert torch.equal(shown[60_000:70_000], classes[orders[1][:10_000]])
+    assert torch.equal(shown[70_000:], classes[orders[2][:5000]])
+    pixels = feed.examples(69_999, 2).inputs[:, 0, :, 0]
+    assert float(pixels.min()) == 0
+    assert float(pixels.max()) == 1
+    rows = classes.new_tensor([orders[1][9999], orders[2][0]])
+    assert torch.allclose(pixels[0], mnist()[0][rows[0]].float()[first[:, 0]] / 255)
+    assert torch.allclose(pixels[1], mnist()[0][rows[1]].float()[second[:, 0]] / 255)
+
+
+@pytest.mark.skipif(not (DATA / FILES["emnist"]).exists(), reason="EMNIST is not here")
+def test_labels_are_permuted_and_pixels_stay() -> None:
+    pixels, classes = (images("emnist").pixels.flatten(1), images("emnist").classes)
+    feed: Any = LabelPermutedEMNIST(task_steps=3000).open([5], torch.device("cpu"))
+    inputs, targets = feed.examples(0, 6000)
+    rows = feed.order(0)[:6000, 0]
+    assert torch.allclose(inputs[:, 0, :, 0], pixels[rows].float() / 127.5 - 1)
+    maps = []
+    for task in range(2):
+        within = slice(3000 * task, 3000 * (task + 1))
+        label = feed.labels(task)[:, 0]
+        assert label.sort().values.tolist() == list(range(47))
+        assert torch.equal(targets[within, 0, 0], label[classes[rows[within]]])
+        maps.append(label)
+    assert not torch.equal(*maps)
+
+
+def test_stationary_mnist_never_changes() -> None:
+    stream = StationaryMNIST()
+    assert stream.pixels(None, 3) is None  # type: ignore[arg-type]
+    assert stream.labels(None, 3) is None  # type: ignore[arg-type]
+
+
+def test_features_of_mini_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
+    stream = LabelPermutedMiniImageNet(task_steps=4)
+    with pytest.raises(FileNotFoundError, match=r"no .*features.npz; it is a NumPy archive with features"):
+        stream.data()
+    path = tmp_path / "mini-imagenet" / "features.npz"
+    path.parent.mkdir()
+    rows = np.random.default_rng(0).normal(size=(7, 2048))
+    for bad, message in (
+        ({"features": rows}, "cannot be read as an archive of features and labels"),
+        ({"features": rows[:, :5], "labels": np.arange(7)}, r"holds features \(7, 5\) and labels \(7,\)"),
+        ({"features": rows, "labels": np.arange(7) + 94}, "no whole numbers from 0 to 99"),
+        ({"features": np.where(rows == rows[4, 8], np.nan, rows), "labels": np.arange(7)}, "not finite in row 4"),
+    ):
+        np.savez(path, **bad)
+        with pytest.raises(ValueError, match=message):
+            stream.data()
+    np.savez(path, features=rows, labels=np.arange(7) * 10)
+    feed: Any = stream.open([0], torch.device("cpu"))
+    inputs, targets = feed.examples(0, 7)
+    order = feed.order(0)[:, 0]
+    assert torch.equal(inputs[:, 0, :, 0], torch.from_numpy(rows).float()[order])
+    assert torch.equal(targets[:4, 0, 0], feed.labels(0)[order[:4] * 10, 0])
 
 
 def idx(folder: Path, shape: tuple[int, ...], kind: int = 8, extra: bytes = b"") -> Path:

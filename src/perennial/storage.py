@@ -36,7 +36,7 @@ def write(path: Path, data: bytes) -> None:
             beside.unlink()
         raise RunError(
             f"{path} could not be written: {error.strerror or error}. Nothing written before is lost; make room or "
-            "name another folder with --out, then run the same command again"
+            "choose a folder that can be written, then do the same again"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import polars as pl
 from markupsafe import Markup
 
 from perennial.lm import DominantTickets, TextStream
-from perennial.report.lm_figures import draw_dominant, draw_texts, kind_name, kind_of
-from perennial.report.lm_tables import DominantTables, tabulate_dominant, tabulate_texts
+from perennial.report.dominant_figures import draw_dominant, kind_name, kind_of
+from perennial.report.lm_figures import RATIO_ENDS, draw_texts, method_looks
+from perennial.report.lm_tables import DominantTables, TextTables, tabulate_dominant, tabulate_texts
+from perennial.report.lm_words import dominant_notes, text_notes
 from perennial.report.svg import FONTS, Drawing
 from perennial.report.templates import link, template, write_texts
 from perennial.report.words import interval_text, mean_text, number
@@ -71,19 +74,20 @@ def write_text_report(stream: TextStream, directory: Path, **about: str) -> Path
         _seeds(len(stream.seeds), stream.part),
     ]
     sections = [
-        _section("Sequences", ["plane", "accuracy-matrix"], _SEQUENCE_NOTE, tables.methods, _SEQUENCES, seconds=True),
+        _section("Sequences", ["plane", "accuracy-matrix"], _SEQUENCE_NOTE, tables.methods, _SEQUENCES, seconds=True)
+        | {"key": _key(tables)},
         _section("Does it lose plasticity?", ["learning"], _LEARNING_NOTE),
         _section("Adapters", ["collisions"], _ADAPTER_NOTE, tables.collisions, _ADAPTERS),
     ]
     frames = {"methods": tables.methods, "collisions": tables.collisions, "tasks": tables.tasks}
     drawings = draw_texts(tables, stream.names)
-    return _write(directory, facts, sections, drawings, frames, tables.finished, len(stream.jobs()), about)
+    progress = (tables.finished, len(stream.jobs()))
+    return _write(directory, facts, text_notes(stream, tables), sections, drawings, frames, progress, about)
 
 
 def write_dominant_report(experiment: DominantTickets, directory: Path, **about: str) -> Path:
     """The same of a search for dominant tickets; see :func:`write_text_report`."""
-    tables = tabulate_dominant(experiment, directory)
-    labelled = _labelled(tables)
+    tables = _labelled(tabulate_dominant(experiment, directory))
     facts = [
         f"{experiment.model}, tasks {', '.join(experiment.tasks)}",
         f"found by {experiment.how} steps, strength {number(experiment.strength)}, {experiment.finding.steps} steps",
@@ -96,14 +100,16 @@ def write_dominant_report(experiment: DominantTickets, directory: Path, **about:
             (pl.col("selection") + ", " + pl.col("relation")).alias("label")
         )
     sections = [
-        _section("Tickets and controls", ["scores"], _TICKET_NOTE, labelled, _TICKETS, extra="trained"),
+        _section("Tickets and controls", ["scores", "scores-by-count"], _TICKET_NOTE, tables.scores, _TICKETS,
+                 weights=True),
         _section("Are tickets of different tasks alike?", ["overlap"], _OVERLAP_NOTE, overall,
                  {"iou": ("Intersection by union", 1.0), "floor": ("By chance", 1.0)}),
         _section("What moved", ["moved"], ["After the search, mean over tasks and seeds."]),
     ]  # fmt: skip
-    frames = {"scores": tables.scores, "moved": tables.kept, "overlap": tables.overlap}
+    frames = {"scores": tables.scores.drop("label"), "moved": tables.kept, "overlap": tables.overlap}
     drawings = draw_dominant(tables)
-    return _write(directory, facts, sections, drawings, frames, tables.finished, len(experiment.jobs()), about)
+    progress = (tables.finished, len(experiment.jobs()))
+    return _write(directory, facts, dominant_notes(experiment, tables), sections, drawings, frames, progress, about)
 
 
 _SEQUENCE_NOTE = [
@@ -113,21 +119,26 @@ _SEQUENCE_NOTE = [
 ]
 _LEARNING_NOTE = [
     "A model that learns the task alone begins at the pretrained weights, with the same texts in the same order, and "
-    "trains all weights or an adapter, as the method does (an adapter where the study has no other). Below "
+    "trains all weights or an adapter, as the method does where the study has both. Below "
     "zero, what was learned before makes the task harder to learn. If that grows along the sequence, plasticity is "
-    "lost.",
+    "lost. A difference on the first task, before which nothing was learned, is the method's own.",
 ]
 _ADAPTER_NOTE = [
     "An entry of an update counts as changed above a tenth of the root mean square of all updates of a run. Two "
     "updates collide where both changed. By chance: what independent places would give at the same densities. A "
-    "ratio of 1 says that nothing is avoided beyond sparsity.",
+    "ratio of 1 says that nothing is avoided beyond sparsity. In the figure adapters are numbered in the order of "
+    f"their tasks, and colours end at {RATIO_ENDS[0]:g} and {RATIO_ENDS[1]:g}.",
 ]
 _TICKET_NOTE = [
-    "In brackets the trained weights, without the classifier, which is always trained. Differences are paired by seed.",
+    "Trained weights are without the classifier, which is always trained, and their share is of all others; in the "
+    "figure they stand in brackets. Differences are paired by seed. Where a figure has curves, marks of one number of "
+    "weights stand a little beside each other.",
 ]
 _OVERLAP_NOTE = [
-    "Tickets found on two tasks with one seed, and on one task with two seeds. By chance: random masks of the same "
-    "counts.",
+    "Tickets found on two tasks with one seed, and on one task with two seeds: what two searches have in common at "
+    "best. By chance: random masks of the same counts. The figure has the intersection by union divided by what chance "
+    "gives, which is coarse where a ticket has few weights of a matrix; a matrix of which a ticket has no weight is "
+    "left white.",
 ]
 
 
@@ -140,19 +151,28 @@ def text_summary(stream: TextStream, directory: Path) -> pl.DataFrame:
 
 def dominant_summary(experiment: DominantTickets, directory: Path) -> pl.DataFrame:
     """What was trained as text, to print."""
-    return _printed(_labelled(tabulate_dominant(experiment, Path(directory))), _TICKETS, "Trained")
+    return _printed(_labelled(tabulate_dominant(experiment, Path(directory))).scores, _TICKETS, "Trained")
 
 
 def _seeds(count: int, part: str) -> str:
     return f"{count} seed{'' if count == 1 else 's'}, scores on the {part} part"
 
 
-def _labelled(tables: DominantTables) -> pl.DataFrame:
+def _key(tables: TextTables) -> list[dict[str, Any]]:
+    labels = dict(tables.methods.select("method", "label").iter_rows())
+    return [
+        {"look": look, "dash": " ".join(map(str, look.dash)), "label": labels[method]}
+        for method, look in method_looks(tables).items()
+    ]
+
+
+def _labelled(tables: DominantTables) -> DominantTables:
+    """With a column ``label`` of scores."""
     labels = [
         f"{r['task']}: {kind_name(kind_of(r))}{', ' + r['selection'] if r['selection'] else ''}"
         for r in tables.scores.iter_rows(named=True)
     ]
-    return tables.scores.with_columns(pl.Series("label", labels))
+    return replace(tables, scores=tables.scores.with_columns(pl.Series("label", labels)))
 
 
 def _printed(rows: pl.DataFrame, columns: dict[str, tuple[str, float]], first: str) -> pl.DataFrame:
@@ -179,28 +199,29 @@ def _section(
     columns: dict[str, tuple[str, float]] | None = None,
     *,
     seconds: bool = False,
-    extra: str = "",
+    weights: bool = False,
 ) -> dict[str, Any]:
     body, heads = [], [title for title, _ in (columns or {}).values()]
-    heads += ["Seconds a step"] if seconds else ["Weights"] if extra else []
+    heads += ["Seconds a step"] if seconds else ["Weights"] if weights else []
     for row in rows.iter_rows(named=True) if rows is not None else ():
         cells = [_cell(row, name, scale) for name, (_, scale) in (columns or {}).items()]
         if seconds:
             cells.append({"mean": f"{row['seconds']:.3g}", "interval": ""})
-        elif extra:
-            cells.append({"mean": f"{row[extra]:,}", "interval": ""})
+        elif weights:
+            share = "" if row["share"] is None else f"{100 * row['share']:.3g}%"
+            cells.append({"mean": f"{row['trained']:,}", "interval": share})
         body.append({"label": row["label"], "cells": cells})
-    return {"title": title, "figures": figures, "notes": notes, "heads": heads, "rows": body}
+    return {"title": title, "figures": figures, "notes": notes, "heads": heads, "rows": body, "key": []}
 
 
 def _write(
     directory: Path,
     facts: Sequence[str],
+    notes: Sequence[str],
     sections: Sequence[dict[str, Any]],
     drawings: Sequence[Drawing],
     frames: dict[str, pl.DataFrame],
-    finished: int,
-    planned: int,
+    progress: tuple[int, int],
     about: dict[str, str],
 ) -> Path:
     texts = {f"{name}.csv": frame.write_csv() for name, frame in frames.items() if not frame.is_empty()}
@@ -213,10 +234,11 @@ def _write(
         study_text=(text := about.get("study_text", "")),
         study_link=link(text, "text/yaml") if text else "",
         facts=facts,
+        notes=notes,
         sections=sections,
-        drawn={d.name: {"svg": Markup(d.svg), "plot_share": d.plot_share} for d in drawings},
-        finished=finished,
-        planned=planned,
+        drawn={d.name: Markup(d.svg) for d in drawings},
+        finished=progress[0],
+        planned=progress[1],
         links=[{"name": name, "href": link(text, "text/csv")} for name, text in texts.items()],
     )
     write_texts(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings})

@@ -5,12 +5,24 @@ To add a stream, write its file and add its class to :data:`REGISTRY`.
 
 from perennial.streams.base import Examples, Feed, HeldOut, Stream
 from perennial.streams.class_pairs import ClassPairs
+from perennial.streams.label_permuted import LabelPermutedCIFAR10, LabelPermutedEMNIST, LabelPermutedMiniImageNet
 from perennial.streams.permuted_digits import PermutedDigits
-from perennial.streams.permuted_mnist import PermutedMNIST
+from perennial.streams.permuted_mnist import NaturePermutedMNIST, PermutedMNIST, StationaryMNIST
 from perennial.streams.slowly_changing_regression import SlowlyChangingRegression
 from perennial.streams.sum_of_two import SumOfTwo
 
-REGISTRY: tuple[type[Stream], ...] = (SlowlyChangingRegression, PermutedDigits, PermutedMNIST, SumOfTwo, ClassPairs)
+REGISTRY: tuple[type[Stream], ...] = (
+    SlowlyChangingRegression,
+    PermutedDigits,
+    PermutedMNIST,
+    NaturePermutedMNIST,
+    StationaryMNIST,
+    LabelPermutedEMNIST,
+    LabelPermutedCIFAR10,
+    LabelPermutedMiniImageNet,
+    SumOfTwo,
+    ClassPairs,
+)
 
 __all__ = [
     "REGISTRY",
@@ -18,9 +30,14 @@ __all__ = [
     "Examples",
     "Feed",
     "HeldOut",
+    "LabelPermutedCIFAR10",
+    "LabelPermutedEMNIST",
+    "LabelPermutedMiniImageNet",
+    "NaturePermutedMNIST",
     "PermutedDigits",
     "PermutedMNIST",
     "SlowlyChangingRegression",
+    "StationaryMNIST",
     "Stream",
     "SumOfTwo",
 ]

@@ -92,9 +92,9 @@ class SeededNoise:
         """``purpose``: see :func:`perennial.noise.seed_key`. ``positions``: int32 [positions], in place of the step."""
         words = torch.tensor([seed_key(seed, purpose) for seed in seeds], dtype=torch.int32, device=positions.device)
         self._noise = Noise(words.T[:, None, None, :], positions[:, None, None])
-        self._device = positions.device
+        self.seeds, self.device = tuple(seeds), positions.device
 
     def uniform(self, name: str, count: int) -> Tensor:
         """Elements 0 to ``count`` of the named draw: float32 [positions, count, seeds]."""
-        element = torch.arange(count, dtype=torch.int32, device=self._device)
+        element = torch.arange(count, dtype=torch.int32, device=self.device)
         return self._noise.uniform(name, element[:, None])

@@ -1,20 +1,18 @@
-"""Input-permuted MNIST."""
+"""MNIST, one image at a time: with permuted pixels, or as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from perennial.streams.base import Examples, SeededNoise, Stream
-from perennial.streams.files import mnist
+from perennial.streams.base import SeededNoise
+from perennial.streams.online_images import OnlineImages, named_images, random_order
 
 
 @dataclass(frozen=True)
-class PermutedMNIST(Stream):
+class PermutedMNIST(OnlineImages):
     """Online input-permuted MNIST, one image a step: every so many images the pixels are permuted anew.
 
     The setting of Elsayed and Mahmood (ICLR 2024): every task permutes the *original* pixels, which are scaled to
@@ -23,70 +21,86 @@ class PermutedMNIST(Stream):
     unseeded generator and differ from method to method; here they are a function of the seed.
 
     Raises:
-        FileNotFoundError: MNIST is not where ``PERENNIAL_DATA`` says.
+        FileNotFoundError: MNIST is not where ``PERENNIAL_DATA`` says, and cannot be fetched.
     """
 
-    task_steps: int = 5000
-    """Images a task."""
-
     name = "permuted_mnist"
-    task = "classification"
     inputs = 784
     outputs = 10
 
-    def __post_init__(self) -> None:
-        self.check("task_steps", self.task_steps, 1)
+    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
+        return named_images("mnist", part)
 
-    def task_length(self) -> int:
-        return self.task_steps
+    def pixels(self, noise: SeededNoise, task: int) -> Tensor | None:
+        return random_order(noise, "pixels", self.inputs)
 
     def whole_task(self, seed: int, task: int, part: str = "train") -> tuple[Tensor, Tensor]:
-        """All images of the training or the test set under the permutation of one task, float32 [images, 784] in
-        [-1, 1], and their classes, int64 [images], in the files' order."""
-        images, classes = mnist(part)
-        pixels = self.open([seed], torch.device("cpu")).pixels(task)[:, 0]
-        return images[:, pixels].to(torch.float32) / 127.5 - 1, classes
-
-    def open(self, seeds: Sequence[int], device: torch.device) -> _Feed:
-        return _Feed(self, tuple(seeds), device)
+        """All images of the training or the test set under the permutation of one task, float32 [images, 784], and
+        their classes, int64 [images], in the files' order."""
+        shown, classes = self.data(part)
+        pixels = self.open([seed], torch.device("cpu")).pixels(task)
+        assert pixels is not None
+        return self.scaled(shown[:, pixels[:, 0]]), classes
 
 
-class _Feed:
-    def __init__(self, stream: PermutedMNIST, seeds: tuple[int, ...], device: torch.device):
-        self.seeds, self.device, self.length = seeds, device, stream.task_steps
-        images, classes = mnist()
-        self.images, self.classes = images.to(device), classes.to(device)
-        self.pixels = lru_cache(maxsize=4)(self._pixels)
-        self.order = lru_cache(maxsize=4)(self._order)
+@dataclass(frozen=True)
+class NaturePermutedMNIST(PermutedMNIST):
+    """Online permuted MNIST as in the Nature paper: one image a step, one pass a task, pixels in [0, 1].
 
-    def _noise(self, position: int) -> SeededNoise:
-        return SeededNoise(self.seeds, "tasks", torch.tensor([position], dtype=torch.int32, device=self.device))
+    The setting of Dohare et al. (Nature 2024): a task is the training images in a random order of its own (the first
+    ``task_steps`` of it; further passes where a task is longer than the data), under a permutation of the pixels
+    that is applied *on top of* the last task's. A product of independent uniform permutations is itself uniform and
+    independent of the one before, so in distribution this is the same as permuting the original pixels.
 
-    def _pixels(self, task: int) -> Tensor:
-        """The permutation of a task, int64 [784, seeds]."""
-        return self._noise(task).uniform("pixels", self.images.shape[1])[0].argsort(dim=0, stable=True)
+    Raises:
+        FileNotFoundError: MNIST is not where ``PERENNIAL_DATA`` says, and cannot be fetched.
+    """
 
-    def _order(self, epoch: int) -> Tensor:
-        """The order of the images in a pass, int64 [60000, seeds]."""
-        return self._noise(epoch).uniform("order", len(self.classes))[0].argsort(dim=0, stable=True)
+    task_steps: int = 60_000
+    """Images a task."""
 
-    def _permuted(self, rows: Tensor, pixels: Tensor) -> Tensor:
-        """Image rows [n, seeds] under each seed's permutation, in [-1, 1]: float32 [n, 784, seeds]."""
-        seen = self.images[rows].transpose(1, 2).gather(1, pixels.expand(len(rows), -1, -1))
-        return seen.to(torch.float32) / 127.5 - 1
+    name = "nature_permuted_mnist"
+    low = 0.0
+    passes_begin_with_tasks = True
 
-    def examples(self, start: int, count: int) -> Examples:
-        inputs, targets = [], []
-        at, total = start, len(self.classes)
-        while at < start + count:
-            task, epoch = at // self.length, at // total
-            end = min(start + count, (task + 1) * self.length, (epoch + 1) * total)
-            rows = self.order(epoch)[at - epoch * total : end - epoch * total]
-            inputs.append(self._permuted(rows, self.pixels(task)))
-            targets.append(self.classes[rows])
-            at = end
-        return Examples(torch.cat(inputs)[:, None], torch.cat(targets)[:, None])
+    def pixels(self, noise: SeededNoise, task: int) -> Tensor | None:
+        return _product(noise.seeds, str(noise.device), task)
 
-    def probe(self, step: int, size: int) -> Tensor:
-        rows = self.order(step // len(self.classes))[torch.arange(size, device=self.device) % len(self.classes)]
-        return self._permuted(rows, self.pixels(step // self.length))
+
+_LATEST: dict[tuple[tuple[int, ...], str], tuple[int, Tensor]] = {}
+"""By seeds and device, the task whose product of permutations was asked for last, and the product."""
+
+
+def _product(seeds: tuple[int, ...], device: str, task: int) -> Tensor:
+    """The permutations of tasks 0 to ``task``, one after another: int64 [784, seeds]."""
+    known, at = _LATEST.get((seeds, device), (-1, torch.empty(0)))
+    if known > task:
+        known = -1
+    if known < 0:
+        at = torch.arange(784, device=device)[:, None].expand(-1, len(seeds))
+    for one in range(known + 1, task + 1):
+        noise = SeededNoise(seeds, "tasks", torch.tensor([one], dtype=torch.int32, device=device))
+        at = at.gather(0, random_order(noise, "pixels", 784))
+    _LATEST[seeds, device] = task, at
+    return at
+
+
+@dataclass(frozen=True)
+class StationaryMNIST(OnlineImages):
+    """MNIST as it is, one image a step: nothing changes. A task is one pass.
+
+    The stationary control of Elsayed and Mahmood (ICLR 2024); pixels in [-1, 1].
+
+    Raises:
+        FileNotFoundError: MNIST is not where ``PERENNIAL_DATA`` says, and cannot be fetched.
+    """
+
+    task_steps: int = 60_000
+    """Images after which a task is said to end; only what acts at the end of tasks notices."""
+
+    name = "stationary_mnist"
+    inputs = 784
+    outputs = 10
+
+    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
+        return named_images("mnist", part)

@@ -1,0 +1,116 @@
+"""Images one at a time whose labels change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from perennial.streams.base import SeededNoise
+from perennial.streams.files import data_folder
+from perennial.streams.online_images import OnlineImages, named_images, random_order
+
+
+@dataclass(frozen=True)
+class _LabelPermuted(OnlineImages):
+    """Every so many images, each class gets another label."""
+
+    task_steps: int = 2500
+    """Images a task."""
+
+    def labels(self, noise: SeededNoise, task: int) -> Tensor | None:
+        return random_order(noise, "labels", self.outputs)
+
+
+@dataclass(frozen=True)
+class LabelPermutedEMNIST(_LabelPermuted):
+    """Online label-permuted EMNIST, one image a step: every so many images the 47 labels are permuted anew.
+
+    The setting of Elsayed and Mahmood (ICLR 2024): pixels in [-1, 1] stay where they are, so what the hidden layers
+    have learned stays useful, and only the last layer's reading of it is wrong after a change. Images are visited in a
+    random order, once a pass. Whatever EMNIST of 47 classes lies in ``PERENNIAL_DATA/emnist`` is read (balanced,
+    by-merge, or a part of them).
+
+    Raises:
+        FileNotFoundError: EMNIST is not where ``PERENNIAL_DATA`` says.
+    """
+
+    name = "label_permuted_emnist"
+    inputs = 784
+    outputs = 47
+
+    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
+        return named_images("emnist", part)
+
+
+@dataclass(frozen=True)
+class LabelPermutedCIFAR10(_LabelPermuted):
+    """Online label-permuted CIFAR-10, one image a step: every so many images the 10 labels are permuted anew.
+
+    The setting of Elsayed and Mahmood (ICLR 2024); pixels in [-1, 1], as 3 x 32 x 32 numbers in a row.
+
+    Raises:
+        FileNotFoundError: CIFAR-10 is not where ``PERENNIAL_DATA`` says, and cannot be fetched.
+    """
+
+    name = "label_permuted_cifar10"
+    inputs = 3072
+    outputs = 10
+
+    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
+        return named_images("cifar10", part)
+
+
+@dataclass(frozen=True)
+class LabelPermutedMiniImageNet(_LabelPermuted):
+    """Online label-permuted mini-ImageNet, one image's features a step: every so many the 100 labels are permuted anew.
+
+    The setting of Elsayed and Mahmood (ICLR 2024), where the inputs are the 2,048 pooled features of a trained
+    ResNet-50. They are read from ``PERENNIAL_DATA/mini-imagenet/features.npz``, a NumPy archive with ``features``,
+    numbers [images, 2048], and ``labels``, whole numbers [images] from 0 to 99.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is not what it should be.
+    """
+
+    name = "label_permuted_mini_imagenet"
+    inputs = 2048
+    outputs = 100
+
+    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
+        return _features()
+
+
+@lru_cache(maxsize=1)
+def _features() -> tuple[Tensor, Tensor]:
+    import zipfile
+
+    import numpy as np
+
+    base, own = data_folder(), "mini-imagenet/features.npz"
+    path = base / own if base else None
+    if path is None or not path.exists():
+        where = f"there is no {path}" if path else f"PERENNIAL_DATA does not name the folder that holds {own}"
+        raise FileNotFoundError(
+            f"features of mini-ImageNet are needed, but {where}; it is a NumPy archive with features, numbers "
+            "[images, 2048] of a trained network, and labels, whole numbers [images]"
+        )
+    try:
+        archive = np.load(path, allow_pickle=False)
+        features, labels = archive["features"], archive["labels"]
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as an archive of features and labels: {error}") from error
+    if features.ndim != 2 or features.shape[1] != 2048 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"{path} holds features {features.shape} and labels {labels.shape}; they are [images, 2048] and [images]"
+        )
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 99:
+        raise ValueError(f"{path} holds labels that are no whole numbers from 0 to 99")
+    if not np.isfinite(features).all():
+        raise ValueError(
+            f"{path} holds features that are not finite in row {np.argwhere(~np.isfinite(features))[0][0]}"
+        )
+    return torch.from_numpy(features.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
