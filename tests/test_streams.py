@@ -66,6 +66,7 @@ FILES = {
     "stationary mnist": "mnist/train-images-idx3-ubyte.gz",
     "emnist": "emnist47/train-images-idx3-ubyte.gz",
     "cifar10": "cifar10/train.parquet",
+    "pairs": "tiny-imagenet-32/train.parquet",
     "mini-imagenet": "mini-imagenet/features.npz",
     "pairs": "tiny-imagenet-32/train.parquet",
 }
