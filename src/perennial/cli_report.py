@@ -10,7 +10,7 @@ import yaml
 
 from perennial import report
 from perennial.storage import read_json
-from perennial.studies import DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, load
+from perennial.studies import ControlStudy, DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, load
 
 
 def write_report(directory: Path) -> Path:
@@ -37,6 +37,10 @@ def write_report(directory: Path) -> Path:
         from perennial.report.tickets_page import write_ticket_report
 
         return write_ticket_report(study.tickets, directory, **words)
+    if isinstance(study, ControlStudy):
+        from perennial.report.control_page import write_control_report
+
+        return write_control_report(study.control, directory, **words)
     from perennial.report.supply_page import write_supply_report
 
     return write_supply_report(study, directory, command=command, study_text=text)
@@ -57,6 +61,10 @@ def summary_table(directory: Path) -> polars.DataFrame:
         from perennial.report.tickets_page import ticket_summary
 
         return ticket_summary(study.tickets, directory)
+    if isinstance(study, ControlStudy):
+        from perennial.report.control_page import control_summary
+
+        return control_summary(study.control, directory)
     from perennial.report.supply_page import supply_summary
 
     return supply_summary(study, directory)

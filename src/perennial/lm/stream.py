@@ -14,6 +14,7 @@ from perennial.lm.data import ORDERS, TextTask, read_task
 from perennial.lm.models import Family
 from perennial.lm.penalties import PENALTIES, Penalty
 from perennial.methods import REGISTRY, Intervention
+from perennial.named import made
 from perennial.optim import OPTIMIZERS
 from perennial.storage import read_json
 
@@ -98,12 +99,12 @@ class Recipe:
 
     def made_penalties(self) -> list[Penalty]:
         """The penalties themselves."""
-        return [_made(PENALTIES, "penalty", name, settings) for name, settings in self.penalties.items()]
+        return [made(PENALTIES, "penalty", name, settings) for name, settings in self.penalties.items()]
 
     def made_interventions(self) -> list[Intervention]:
         """The interventions themselves."""
         known = {m.name: m for m in REGISTRY if issubclass(m, Intervention)}
-        return [_made(known, "intervention", name, settings or {}) for name, settings in self.interventions.items()]
+        return [made(known, "intervention", name, settings or {}) for name, settings in self.interventions.items()]
 
     def optimizer(self, params: Sequence[Any], lr: float) -> torch.optim.Optimizer:
         """What trains the parameters, or (name, parameter)."""
@@ -112,28 +113,8 @@ class Recipe:
             return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
         known = {cls.rule.name: cls for cls in OPTIMIZERS.values()}
         settings = {"lr": lr} | {k: v for k, v in self.rule.items() if k != "name"}
-        found: torch.optim.Optimizer = _made(known, "optimizer rule", self.rule.get("name", ""), settings, params)
+        found: torch.optim.Optimizer = made(known, "optimizer rule", self.rule.get("name", ""), settings, params)
         return found
-
-
-def _made(known: Mapping[str, Any], kind: str, name: str, settings: Mapping[str, Any], *first: Any) -> Any:
-    if name not in known:
-        raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(known)}")
-    try:
-        return known[name](*first, **{k: float(v) if _is_number(v) else v for k, v in settings.items()})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{kind} {name}: {error}") from error
-
-
-def _is_number(value: Any) -> bool:
-    """YAML reads 1e-4 as text."""
-    if isinstance(value, (bool, int)) or not isinstance(value, str):
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from perennial.studies.load import OtherStudy, as_yaml, load, parse_setting, shipped
 from perennial.studies.schema import (
+    ControlStudy,
     DominantStudy,
     MethodEntry,
     Part,
@@ -19,6 +20,7 @@ from perennial.studies.schema import (
 )
 
 __all__ = [
+    "ControlStudy",
     "DominantStudy",
     "MethodEntry",
     "OtherStudy",

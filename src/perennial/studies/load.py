@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from perennial.population import MEASURED
 from perennial.streams import PermutedMNIST
 from perennial.studies.schema import (
+    ControlStudy,
     DominantStudy,
     MethodEntry,
     Part,
@@ -31,7 +32,7 @@ from perennial.studies.schema import (
     variants_of,
 )
 
-OtherStudy: TypeAlias = TicketStudy | SupplyStudy | TextStudy | DominantStudy
+OtherStudy: TypeAlias = TicketStudy | SupplyStudy | TextStudy | DominantStudy | ControlStudy
 """Studies that are not made of parts."""
 
 Lines = dict[str, str]
@@ -105,6 +106,7 @@ _KINDS = {
     "supply": _Kind(SupplyStudy, ("supply", "life"), {"steps": "life.steps", "seeds": "life.seeds"}),
     "texts": _Kind(TextStudy, ("texts",), {"steps": "texts.training.steps", "seeds": "texts.seeds"}),
     "dominant": _Kind(DominantStudy, ("dominant",), {"steps": "dominant.training.steps", "seeds": "dominant.seeds"}),
+    "control": _Kind(ControlStudy, ("control",), {"steps": "control.steps", "seeds": "control.seeds"}),
 }
 
 

@@ -17,6 +17,7 @@ from perennial import methods, networks, streams
 from perennial.lm import DominantTickets, TextStream
 from perennial.methods import Intervention, Method, Rule
 from perennial.population import Lane
+from perennial.rl import Control
 from perennial.streams import Stream
 from perennial.tickets.experiment import Experiment
 from perennial.tickets.supply import Supply
@@ -123,6 +124,13 @@ class DominantStudy(_Described):
 
     dominant: DominantTickets
     """The tasks, the model, what is selected and what it is compared with."""
+
+
+class ControlStudy(_Described):
+    """A body that learns to run while the ground under it changes, or does not, by several methods."""
+
+    control: Control
+    """The body, PPO's settings, the methods and the seeds."""
 
 
 @dataclass(frozen=True)
