@@ -71,13 +71,13 @@ def write_text_report(stream: TextStream, directory: Path, **about: str) -> Path
         _seeds(len(stream.seeds), stream.part),
     ]
     sections = [
-        _section("Sequences", ["plane", "accuracy-matrix"], _SEQUENCE_NOTE, tables.methods, _SEQUENCES, seconds=True),
-        _section("Does it lose plasticity?", ["learning"], _LEARNING_NOTE),
-        _section("Adapters", ["collisions"], _ADAPTER_NOTE, tables.collisions, _ADAPTERS),
+        section("Sequences", ["plane", "accuracy-matrix"], _SEQUENCE_NOTE, tables.methods, _SEQUENCES, seconds=True),
+        section("Does it lose plasticity?", ["learning"], _LEARNING_NOTE),
+        section("Adapters", ["collisions"], _ADAPTER_NOTE, tables.collisions, _ADAPTERS),
     ]
     frames = {"methods": tables.methods, "collisions": tables.collisions, "tasks": tables.tasks}
     drawings = draw_texts(tables, stream.names)
-    return _write(directory, facts, sections, drawings, frames, tables.finished, len(stream.jobs()), about)
+    return write_page(directory, facts, sections, drawings, frames, tables.finished, len(stream.jobs()), about)
 
 
 def write_dominant_report(experiment: DominantTickets, directory: Path, **about: str) -> Path:
@@ -96,14 +96,14 @@ def write_dominant_report(experiment: DominantTickets, directory: Path, **about:
             (pl.col("selection") + ", " + pl.col("relation")).alias("label")
         )
     sections = [
-        _section("Tickets and controls", ["scores"], _TICKET_NOTE, labelled, _TICKETS, extra="trained"),
-        _section("Are tickets of different tasks alike?", ["overlap"], _OVERLAP_NOTE, overall,
+        section("Tickets and controls", ["scores"], _TICKET_NOTE, labelled, _TICKETS, extra="trained"),
+        section("Are tickets of different tasks alike?", ["overlap"], _OVERLAP_NOTE, overall,
                  {"iou": ("Intersection by union", 1.0), "floor": ("By chance", 1.0)}),
-        _section("What moved", ["moved"], ["After the search, mean over tasks and seeds."]),
+        section("What moved", ["moved"], ["After the search, mean over tasks and seeds."]),
     ]  # fmt: skip
     frames = {"scores": tables.scores, "moved": tables.kept, "overlap": tables.overlap}
     drawings = draw_dominant(tables)
-    return _write(directory, facts, sections, drawings, frames, tables.finished, len(experiment.jobs()), about)
+    return write_page(directory, facts, sections, drawings, frames, tables.finished, len(experiment.jobs()), about)
 
 
 _SEQUENCE_NOTE = [
@@ -135,12 +135,12 @@ def text_summary(stream: TextStream, directory: Path) -> pl.DataFrame:
     """The methods as text, to print."""
     rows = tabulate_texts(stream, Path(directory)).methods
     names = ("average", "forgetting", "learning", "against_alone")
-    return _printed(rows, {n: _SEQUENCES[n] for n in names}, "Method")
+    return printed(rows, {n: _SEQUENCES[n] for n in names}, "Method")
 
 
 def dominant_summary(experiment: DominantTickets, directory: Path) -> pl.DataFrame:
     """What was trained as text, to print."""
-    return _printed(_labelled(tabulate_dominant(experiment, Path(directory))), _TICKETS, "Trained")
+    return printed(_labelled(tabulate_dominant(experiment, Path(directory))), _TICKETS, "Trained")
 
 
 def _seeds(count: int, part: str) -> str:
@@ -155,7 +155,8 @@ def _labelled(tables: DominantTables) -> pl.DataFrame:
     return tables.scores.with_columns(pl.Series("label", labels))
 
 
-def _printed(rows: pl.DataFrame, columns: dict[str, tuple[str, float]], first: str) -> pl.DataFrame:
+def printed(rows: pl.DataFrame, columns: dict[str, tuple[str, float]], first: str) -> pl.DataFrame:
+    """A table as text: its columns under their titles, the rows' labels under ``first``."""
     found = []
     for row in rows.iter_rows(named=True):
         cells = {title: _cell(row, name, scale) for name, (title, scale) in columns.items()}
@@ -171,7 +172,7 @@ def _cell(row: dict[str, Any], name: str, scale: float) -> dict[str, str]:
     return {"mean": mean_text(value, low, high), "interval": interval_text(value, low, high)}
 
 
-def _section(
+def section(
     title: str,
     figures: Sequence[str],
     notes: Sequence[str],
@@ -181,6 +182,17 @@ def _section(
     seconds: bool = False,
     extra: str = "",
 ) -> dict[str, Any]:
+    """What the page shows under one heading: figures by name, a table, notes.
+
+    Args:
+        title: of it.
+        figures: names of drawings; those that there are stand in this order.
+        notes: paragraphs below.
+        rows: of the table, a row a line, with ``label``.
+        columns: its columns: their title and by what their numbers are multiplied.
+        seconds: whether the seconds of a step are a column.
+        extra: the name of one more column, of weights.
+    """
     body, heads = [], [title for title, _ in (columns or {}).values()]
     heads += ["Seconds a step"] if seconds else ["Weights"] if extra else []
     for row in rows.iter_rows(named=True) if rows is not None else ():
@@ -193,7 +205,7 @@ def _section(
     return {"title": title, "figures": figures, "notes": notes, "heads": heads, "rows": body}
 
 
-def _write(
+def write_page(
     directory: Path,
     facts: Sequence[str],
     sections: Sequence[dict[str, Any]],
@@ -203,6 +215,18 @@ def _write(
     planned: int,
     about: dict[str, str],
 ) -> Path:
+    """Write page, figures and tables; the path of the page.
+
+    Args:
+        directory: where.
+        facts: what was run, in a few words each.
+        sections: made by :func:`section`.
+        drawings: all figures.
+        frames: tables by the name of their file.
+        finished: jobs that are.
+        planned: jobs in all.
+        about: ``title``, ``description``, ``source``, ``command`` and ``study_text``.
+    """
     texts = {f"{name}.csv": frame.write_csv() for name, frame in frames.items() if not frame.is_empty()}
     page = template("lm.html.j2").render(
         fonts=Markup(FONTS),
