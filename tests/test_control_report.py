@@ -84,7 +84,7 @@ def test_tables_are_means_over_seeds_of_means_over_episodes(tmp_path: Path) -> N
 def test_page_stands_alone_and_says_what_it_must(tmp_path: Path) -> None:
     made_up(tmp_path)
     text = write_report(tmp_path).read_text()
-    for piece in ("Continual backprop and L2", "friction 0.02 to 2, changed every 50,000 steps", 
+    for piece in ("Continual backprop and L2", "friction 0.02 to 2, changed every 50,000 steps",
                   "Friction of the ground", "Return of an episode (higher is better)", "environment steps",
                   "perennial run nature/slippery-ant-small", "256 x 256 units", "paper calls dormant"):  # fmt: skip
         assert piece in text, piece
