@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from perennial.rl import (
     SlipperyAnt,
     agent_state,
     friction_of,
+    load_agent_state,
     load_simulator_state,
     make_agent,
     make_env,
@@ -27,9 +29,9 @@ from perennial.rl import (
     simulator_state,
     units_of,
 )
-from perennial.runs.control import folder_of, gather, run_one
+from perennial.runs.control import folder_of, gather, run_control, run_one
 from perennial.storage import read_tensors, write_tensors
-from perennial.studies import ControlStudy, load
+from perennial.studies import ControlStudy, StudyError, load, shipped
 
 OFTEN = {"continual_backprop": {"replacement_rate": 0.02, "maturity_threshold": 5}}
 METHODS = {
@@ -370,6 +372,27 @@ def test_killed_and_resumed_equals_undisturbed(method: str, tmp_path: Path) -> N
     assert_same(whole, halves)
 
 
+def test_a_users_own_agent_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """With stable-baselines3's own Monitor around the ant and the policy that it makes by itself."""
+    from stable_baselines3 import PPO
+
+    def own() -> PPO:
+        env = SlipperyAnt(1, period=80, max_episode_steps=30)
+        small = {"net_arch": [8, 8]}
+        return PPO("MlpPolicy", env, n_steps=50, batch_size=25, n_epochs=1, seed=3, policy_kwargs=small, device="cpu")
+
+    one, other = own(), own()
+    one.learn(50)
+    write_tensors(tmp_path / "agent.pt", agent_state(one))
+    one.learn(100, reset_num_timesteps=False)
+    load_agent_state(other, read_tensors(tmp_path / "agent.pt"))
+    other.learn(100, reset_num_timesteps=False)
+    assert_same(agent_state(one), agent_state(other))
+    ended = [[(episode["r"], episode["l"]) for episode in agent.ep_info_buffer] for agent in (one, other)]
+    assert ended[1] == ended[0][-len(ended[1]) :]
+    assert len(ended[1]) >= 3
+
+
 def assert_same(one: Any, other: Any, where: str = "") -> None:
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
@@ -383,3 +406,129 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
             assert_same(mine, its, f"{where}.{at}")
     else:
         assert one == other, where
+
+
+@pytest.mark.slow
+def test_runs_go_through_workers_and_a_finished_run_is_not_made_again(tmp_path: Path) -> None:
+    control = dataclasses.replace(SMALL, methods={"standard": METHODS["standard"]}, seeds=(0, 1), steps=100)
+    seen: dict[Any, int] = {}
+    run_control(control, tmp_path, workers=1, progress=seen.__setitem__)
+    assert list(seen.values()) == [100, 100]
+    table = pl.read_parquet(tmp_path / "results.parquet")
+    assert sorted(set(table["seed"])) == [0, 1]
+    lengths = table.filter((pl.col("metric") == "episode_steps") & (pl.col("seed") == 0)).sort("step")
+    assert (lengths["step"] - lengths["value"]).to_list() == [0, *lengths["step"][:-1]]
+    before = (tmp_path / "results.parquet").read_bytes(), folder_of(tmp_path, control.jobs()[0]).path.stat().st_mtime_ns
+    run_control(control, tmp_path, workers=1)
+    after = (tmp_path / "results.parquet").read_bytes(), folder_of(tmp_path, control.jobs()[0]).path.stat().st_mtime_ns
+    assert after == before
+
+
+def test_a_run_that_diverges_is_recorded_and_ends(tmp_path: Path) -> None:
+    """Weights that are not numbers; stable-baselines3 raises at the next of the policy's outputs."""
+    wild = {"wild": Learner(rule={"name": "sgd", "weight_decay": 1e12})}
+    control = dataclasses.replace(SMALL, methods=wild)
+    (job,) = control.jobs()
+    run_one(control, tmp_path, job, pulse=lambda step: None)
+    gather(control, tmp_path)
+    manifest = folder_of(tmp_path, job).manifest
+    assert manifest["finished"]
+    (step,) = manifest["diverged"]
+    assert 0 < step < control.steps
+    assert pl.read_parquet(tmp_path / "lanes.parquet")["diverged"].to_list() == [step]
+
+
+# --- studies --------------------------------------------------------------------------------------------------------
+
+STUDIES = {
+    "nature/slippery-ant": (20_000_000, 30, 6),
+    "nature/ant": (50_000_000, 30, 6),
+    "nature/hopper": (100_000_000, 30, 4),
+    "nature/walker": (50_000_000, 30, 4),
+    "nature/slippery-ant-small": (300_000, 3, 4),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_expand(name: str) -> None:
+    study = load(name)
+    assert isinstance(study, ControlStudy)
+    control = study.control
+    assert (control.steps, len(control.seeds), len(control.methods)) == STUDIES[name]
+    assert len(control.jobs()) == len(set(control.jobs())) == len(control.seeds) * len(control.methods)
+    assert (control.ground is not None) == ("slippery" in name)
+    if name == "nature/slippery-ant":
+        assert control.ground == Ground(2_000_000, 0.02, 2.0)
+    again = load(name, {"seeds": 2, "steps": 5000, "ppo.lr": "3e-4"})
+    assert isinstance(again, ControlStudy)
+    assert (again.control.seeds, again.control.steps, again.control.ppo.lr) == ((0, 1), 5000, 3e-4)
+
+
+def test_every_study_of_control_is_tested_here() -> None:
+    assert {name for name in shipped() if isinstance(load(name), ControlStudy)} == set(STUDIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(n, m) for n in STUDIES for m in load(n).control.methods],  # type: ignore[union-attr]
+)
+def test_first_steps_of_full_settings(name: str, method: str, tmp_path: Path) -> None:
+    """A rollout, its training and a measurement."""
+    study = load(name, {"steps": 2048, "measure_every": 2048, "seeds": 1})
+    assert isinstance(study, ControlStudy)
+    job = next(job for job in study.control.jobs() if job.method == method)
+    run_one(study.control, tmp_path, job, pulse=lambda step: None)
+    rows = folder_of(tmp_path, job).rows()
+    assert {"return", "policy.rank_99", "value.rarely_active_units", "policy.weight_magnitude"} <= set(rows["metric"])
+    assert folder_of(tmp_path, job).manifest == folder_of(tmp_path, job).manifest | {"finished": True, "diverged": [-1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"body": "humanoid"}, "body is 'humanoid'"),
+        ({"ground.period": 0}, "period is 0"),
+        ({"ground.high": 0.001}, "high 0.001"),
+        ({"body": "hopper"}, "ground is the ant's"),
+        ({"ppo.minibatch": 100}, "minibatch is 100; it must divide"),
+        ({"ppo.hidden": []}, "at least one hidden layer"),
+        ({"ppo.rollout": 0}, "rollout is 0"),
+        ({"ppo.gama": 0.9}, "did you mean 'gamma'"),
+        ({"steps": 0}, "steps is 0"),
+        ({"seeds": [1, 1]}, "seeds is"),
+        ({"methods": {}}, "methods is empty"),
+        ({"methods.l2.interventions": {"redoo": {}}}, "there is no intervention 'redoo'"),
+        ({"methods.l2.interventions": {"redo": {"threshold": -1}}}, "threshold"),
+        ({"methods.l2.betas": [0.9, 1.5]}, "Invalid beta"),
+        ({"methods.l2.rule": {"name": "ada_upgd"}}, "a rule has its own settings"),
+        ({"methods.tuned": {"rule": {"name": "adamm"}}}, "there is no optimizer rule 'adamm'"),
+        ({"methods.tuned": {"rule": {"name": "adam", "lr": 0.1}}}, "give it as ppo.lr"),
+        ({"methods.tuned": {"rule": {"name": "adam", "beta3": 0.1}}}, "beta3"),
+    ],
+)
+def test_study_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        load("nature/slippery-ant-small", change)
+
+
+def test_contact_forces_are_the_ants() -> None:
+    with pytest.raises(ValueError, match="contact_forces are the ant's"):
+        dataclasses.replace(SMALL, body="walker", ground=None, contact_forces=True)
+    felt = make_env(dataclasses.replace(SMALL, contact_forces=True), 0)
+    assert felt.observation_space.shape == (105,)
+    assert make_env(SMALL, 0).observation_space.shape == (27,)
+
+
+@pytest.mark.slow
+def test_studies_are_read_without_the_simulator() -> None:
+    """Listing and reading needs neither gymnasium nor stable-baselines3."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from perennial.studies import load; load('nature/slippery-ant'); import perennial.runs; "
+        "print([n for n in ('gymnasium', 'mujoco', 'stable_baselines3') if n in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
