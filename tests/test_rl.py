@@ -20,17 +20,19 @@ from perennial.rl import (
     PPOSettings,
     SlipperyAnt,
     agent_state,
+    frames,
     friction_of,
     load_agent_state,
     load_simulator_state,
     make_agent,
     make_env,
     measure,
+    save_frames,
     simulator_state,
     units_of,
 )
 from perennial.runs.control import folder_of, gather, run_control, run_one
-from perennial.storage import read_tensors, write_tensors
+from perennial.storage import RunError, read_tensors, write_tensors
 from perennial.studies import ControlStudy, StudyError, load, shipped
 
 OFTEN = {"continual_backprop": {"replacement_rate": 0.02, "maturity_threshold": 5}}
@@ -532,3 +534,37 @@ def test_studies_are_read_without_the_simulator() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# --- frames ---------------------------------------------------------------------------------------------------------
+
+
+def test_frames_show_the_ant_or_say_what_is_missing(tmp_path: Path) -> None:
+    from PIL import Image
+
+    agent, _ = make_agent(SMALL, "standard", 0)
+    agent.learn(64)
+    before = agent_state(agent)
+    try:
+        drawn = frames(agent, SMALL, count=3, every=4, size=48)
+    except RunError as error:
+        assert "EGL" in str(error)  # noqa: PT017 - where nothing can be drawn, this is what is promised
+        return
+    assert drawn.shape == (3, 48, 48, 3)
+    assert drawn.std() > 10
+    assert (drawn[0] != drawn[2]).any()
+    save_frames(drawn, tmp_path / "strip.png")
+    save_frames(drawn, tmp_path / "clip.gif")
+    with Image.open(tmp_path / "strip.png") as strip, Image.open(tmp_path / "clip.gif") as clip:
+        assert strip.size == (144, 48)
+        assert clip.n_frames == 3  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"ends in '\.bmp'"):
+        save_frames(drawn, tmp_path / "strip.bmp")
+    assert_same(agent_state(agent), before)
+
+
+def test_without_rendering_an_error_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    agent, _ = make_agent(SMALL, "standard", 0)
+    with pytest.raises(RunError, match=r"MUJOCO_GL=nonsense.*Install EGL"):
+        frames(agent, SMALL, count=1)

@@ -46,6 +46,21 @@ def write_report(directory: Path) -> Path:
     return write_supply_report(study, directory, command=command, study_text=text)
 
 
+def write_film(directory: Path) -> list[Path]:
+    """Draw what the agents of a study of control do, as strips of frames; their files.
+
+    Raises:
+        ValueError: the directory holds a run of another kind of study.
+        RunError: there is no agent yet, or no off-screen rendering works here.
+    """
+    study = _other(directory)
+    if not isinstance(study, ControlStudy):
+        raise ValueError(f"--film is of studies of control, and {directory} holds none; leave it out")
+    from perennial.runs.control import film
+
+    return film(study.control, directory)
+
+
 def summary_table(directory: Path) -> polars.DataFrame:
     """The report's table in short, as text to print."""
     study = _other(directory)

@@ -140,7 +140,7 @@ def _at_end(
     others: pl.DataFrame, method: str, jobs: Sequence[object] | dict[object, object]
 ) -> dict[str, float | None]:
     samples = []
-    for seed in sorted({job.seed for job in jobs}):  # type: ignore[attr-defined]
+    for seed in sorted({job.seed for job in jobs}):
         row = []
         for metric in AT_END:
             mine = others.filter(

@@ -9,11 +9,13 @@ from perennial.rl.control import Control, Ground, Job, Learner, PPOSettings
 
 if TYPE_CHECKING:
     from perennial.rl.agent import Episodes, LeCunPolicy, make_agent, make_env, measure, units_of
+    from perennial.rl.film import frames, save_frames
     from perennial.rl.ground import SlipperyAnt, friction_of
     from perennial.rl.state import agent_state, load_agent_state, load_simulator_state, simulator_state
 
 _HEAVY = {
     "perennial.rl.agent": ("Episodes", "LeCunPolicy", "make_agent", "make_env", "measure", "units_of"),
+    "perennial.rl.film": ("frames", "save_frames"),
     "perennial.rl.ground": ("SlipperyAnt", "friction_of"),
     "perennial.rl.state": ("agent_state", "load_agent_state", "load_simulator_state", "simulator_state"),
 }
@@ -29,12 +31,14 @@ __all__ = [
     "PPOSettings",
     "SlipperyAnt",
     "agent_state",
+    "frames",
     "friction_of",
     "load_agent_state",
     "load_simulator_state",
     "make_agent",
     "make_env",
     "measure",
+    "save_frames",
     "simulator_state",
     "units_of",
 ]

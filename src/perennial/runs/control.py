@@ -15,7 +15,7 @@ from filelock import FileLock
 from perennial.parallel import Stopped, run_jobs
 from perennial.rl import Control, Job
 from perennial.runs.directory import RESULT_SCHEMA, JobFolder, write_table
-from perennial.storage import write_json
+from perennial.storage import RunError, write_json
 
 PART = "control"
 """What stands in the results' column of parts."""
@@ -154,6 +154,28 @@ class _Run:
             diverged=[self.diverged],
         )
         self.rows.clear()
+
+
+def film(control: Control, directory: Path) -> list[Path]:
+    """Draw what every method's agent of the first seed does now, as strips of frames; their files.
+
+    Raises:
+        RunError: no run of it has begun, or no off-screen rendering works here.
+    """
+    from perennial.rl import frames, load_agent_state, make_agent, save_frames
+
+    written = []
+    for job in [job for job in control.jobs() if job.seed == control.seeds[0]]:
+        if (state := folder_of(directory, job).load()) is None:
+            continue
+        agent, _ = make_agent(control, job.method, job.seed)
+        load_agent_state(agent, state)
+        path = directory / "figures" / f"film-{job.name}.png"
+        save_frames(frames(agent, control), path)
+        written.append(path)
+    if not written:
+        raise RunError(f"{directory} has no agent yet; run the study again to go on with it")
+    return written
 
 
 def gather(control: Control, directory: Path) -> None:
