@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -568,3 +569,22 @@ def test_without_rendering_an_error_says_what_is_missing(monkeypatch: pytest.Mon
     agent, _ = make_agent(SMALL, "standard", 0)
     with pytest.raises(RunError, match=r"MUJOCO_GL=nonsense.*Install EGL"):
         frames(agent, SMALL, count=1)
+
+
+# --- the guide ------------------------------------------------------------------------------------------------------
+
+
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "control.md"
+    pieces = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    assert len(pieces) == 2
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(pieces), {})  # ends with the comparison of both agents
+    assert (tmp_path / "agent.pt").is_file()
+
+
+def test_the_guide_names_every_method_and_study() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "guides" / "control.md").read_text()
+    study = load("nature/slippery-ant")
+    assert isinstance(study, ControlStudy)
+    assert [method for method in study.control.methods if f"| `{method}` |" not in text] == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from perennial.report.load import RESULTS, NoResultsError
-from perennial.rl import Control
+from perennial.rl import Control, Job
 from perennial.statistics import Floats, estimate
 from perennial.storage import read_json
 
@@ -136,9 +136,7 @@ def _quantities(returns: dict[str, dict[int, Floats]], method: str, first: str) 
     return _with_intervals(QUANTITIES, samples)
 
 
-def _at_end(
-    others: pl.DataFrame, method: str, jobs: Sequence[object] | dict[object, object]
-) -> dict[str, float | None]:
+def _at_end(others: pl.DataFrame, method: str, jobs: Iterable[Job]) -> dict[str, float | None]:
     samples = []
     for seed in sorted({job.seed for job in jobs}):
         row = []

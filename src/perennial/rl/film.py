@@ -58,7 +58,8 @@ def frames(agent: PPO, control: Control, *, count: int = 8, every: int = 10, siz
 
 @contextmanager
 def _camera(model: Any, data: Any, size: int) -> Iterator[Callable[[], Frames]]:
-    """Takes pictures with the body's own camera. Not by gymnasium's viewer, which raises when thrown away if there is no context."""
+    """Takes pictures with the body's own camera. Not by gymnasium's viewer: where there is no context, it raises once
+    more when it is thrown away."""
     backend = os.environ.get("MUJOCO_GL") or "egl"
     try:
         context = importlib.import_module(f"mujoco.{backend}").GLContext(size, size)
