@@ -68,7 +68,6 @@ FILES = {
     "cifar10": "cifar10/train.parquet",
     "pairs": "tiny-imagenet-32/train.parquet",
     "mini-imagenet": "mini-imagenet/features.npz",
-    "pairs": "tiny-imagenet-32/train.parquet",
 }
 
 

@@ -113,13 +113,21 @@ def run(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A run directory, finished or not.")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run directory, finished or not.")],
+    film: Annotated[
+        bool, typer.Option("--film", help="Also draw what agents do, as strips of frames (studies of control).")
+    ] = False,
+) -> None:
     """Write a run's report again: report.html, figures and tables, from the results in the directory."""
-    from perennial.cli_report import write_report
+    from perennial.cli_report import write_film, write_report
 
     try:
         page = write_report(directory)
-    except (ValueError, OSError) as error:
+        if film:
+            for strip in write_film(directory):
+                _console.print(f"Frames: {strip}", soft_wrap=True)
+    except (ValueError, OSError, RuntimeError) as error:
         raise _fail(error) from None
     _summary(directory)
     _console.print(f"Report: {page}", soft_wrap=True)

@@ -10,7 +10,16 @@ import yaml
 
 from perennial import report
 from perennial.storage import read_json
-from perennial.studies import ArrivingStudy, DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, load
+from perennial.studies import (
+    ArrivingStudy,
+    ControlStudy,
+    DominantStudy,
+    OtherStudy,
+    Study,
+    TextStudy,
+    TicketStudy,
+    load,
+)
 
 
 def write_report(directory: Path) -> Path:
@@ -41,9 +50,28 @@ def write_report(directory: Path) -> Path:
         from perennial.report.tickets_page import write_ticket_report
 
         return write_ticket_report(study.tickets, directory, **words)
+    if isinstance(study, ControlStudy):
+        from perennial.report.control_page import write_control_report
+
+        return write_control_report(study.control, directory, **words)
     from perennial.report.supply_page import write_supply_report
 
     return write_supply_report(study, directory, command=command, study_text=text)
+
+
+def write_film(directory: Path) -> list[Path]:
+    """Draw what the agents of a study of control do, as strips of frames; their files.
+
+    Raises:
+        ValueError: the directory holds a run of another kind of study.
+        RunError: there is no agent yet, or no off-screen rendering works here.
+    """
+    study = _other(directory)
+    if not isinstance(study, ControlStudy):
+        raise ValueError(f"--film is of studies of control, and {directory} holds none; leave it out")
+    from perennial.runs.control import film
+
+    return film(study.control, directory)
 
 
 def summary_table(directory: Path) -> polars.DataFrame:
@@ -65,6 +93,10 @@ def summary_table(directory: Path) -> polars.DataFrame:
         from perennial.report.tickets_page import ticket_summary
 
         return ticket_summary(study.tickets, directory)
+    if isinstance(study, ControlStudy):
+        from perennial.report.control_page import control_summary
+
+        return control_summary(study.control, directory)
     from perennial.report.supply_page import supply_summary
 
     return supply_summary(study, directory)

@@ -1,4 +1,4 @@
-"""Things that a study names, made with the settings that it gives."""
+"""Making something by its name in a table, with settings as a YAML file gives them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,33 @@ from typing import Any
 
 
 def made(known: Mapping[str, Any], kind: str, name: str, settings: Mapping[str, Any], *first: Any) -> Any:
-    """What a name stands for, called with ``first`` and the settings.
+    """Call what stands under a name in a table.
+
+    Args:
+        known: the table.
+        kind: what its entries are, for messages.
+        name: which.
+        settings: keywords; text that is a number, as YAML reads 1e-4, becomes one.
+        first: what comes before them.
 
     Raises:
-        ValueError: there is no such thing, or it does not take these settings; says which there are, or why.
+        ValueError: there is no such entry, or it refuses a setting.
     """
     if name not in known:
         raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(known)}")
     try:
-        return known[name](*first, **{k: float(v) if _is_number(v) else v for k, v in settings.items()})
+        return known[name](*first, **numbers(settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{kind} {name}: {error}") from error
 
 
+def numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with text that is a number as one."""
+    return {key: float(value) if _is_number(value) else value for key, value in settings.items()}
+
+
 def _is_number(value: Any) -> bool:
-    """YAML reads 1e-4 as text."""
-    if isinstance(value, (bool, int)) or not isinstance(value, str):
+    if not isinstance(value, str):
         return False
     try:
         float(value)

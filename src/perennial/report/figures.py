@@ -43,9 +43,16 @@ class Canvas:
 
 
 def curve_figure(
-    name: str, title: str, part: Part, frame: pl.DataFrame, looks: dict[str, Look], wide: bool
+    name: str,
+    title: str,
+    part: Part,
+    frame: pl.DataFrame,
+    looks: dict[str, Look],
+    wide: bool,
+    axis: str = "examples seen",
+    marks: Sequence[float] = (),
 ) -> Drawing | None:
-    """One metric against examples seen, a line with its interval a method. None if there is no number to draw.
+    """One metric against examples seen or other steps, a line with its interval a method. None if there is no number.
 
     Args:
         name: of the drawing.
@@ -54,6 +61,8 @@ def curve_figure(
         frame: rows of one metric of :class:`perennial.report.tables.Tables`'s curves or diagnostics.
         looks: by method key.
         wide: over the whole page, or one of two beside each other.
+        axis: what the steps are.
+        marks: steps to draw a vertical line at.
     """
     lines = _lines(part, frame, "step")
     if not lines:
@@ -63,6 +72,8 @@ def curve_figure(
     with drawing_style(name):
         drawn = canvas(_labels(part), len(lines), WIDE if wide else NARROW)
         axes = drawn.axes
+        for mark in marks:
+            axes.axvline(mark, color="#9a9a9a", linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
         for at, (key, line) in enumerate(lines.items()):
             _draw(axes, line, looks[key], at, len(lines), key, reference=method_of(part, key).linear)
             gone = line.only(line.leaves)
@@ -71,7 +82,7 @@ def curve_figure(
         axes.set_xlim(0, max(line.x[-1] for line in lines.values()))
         axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: examples(value)))
-        axes.set_xlabel("examples seen", labelpad=7, fontsize=LABEL)
+        axes.set_xlabel(axis, labelpad=7, fontsize=LABEL)
         if not wide:
             heading(drawn.figure, shown.label)
         else:
@@ -81,7 +92,7 @@ def curve_figure(
         ends = "; ".join(
             f"{method_of(part, key).label} {_spoken(line.mean[-1], shown.share)}" for key, line in lines.items()
         )
-        description = f"{shown.label} against examples seen, {_means(lines)}. At the end: {ends}."
+        description = f"{shown.label} against {axis}, {_means(lines)}. At the end: {ends}."
         return render(drawn.figure, name, title, description, drawn.plot_share)
 
 

@@ -9,7 +9,7 @@ import polars as pl
 from perennial.incremental import ArrivingClasses
 from perennial.report.incremental_figures import draw_arriving
 from perennial.report.incremental_tables import AGAINST, tabulate_arriving
-from perennial.report.sections import cell, section, write_page
+from perennial.report.sections import printed, section, write_page
 from perennial.report.words import number
 
 _ACCURACY = {
@@ -78,12 +78,7 @@ def write_arriving_report(setting: ArrivingClasses, directory: Path, **about: st
 
 def arriving_summary(setting: ArrivingClasses, directory: Path) -> pl.DataFrame:
     """The methods as text, to print."""
-    found = []
-    for row in tabulate_arriving(setting, directory).methods.iter_rows(named=True):
-        columns = _ACCURACY | {"dormant": _UNITS["dormant"]}
-        cells = {title: cell(row, name, scale) for name, (title, scale) in columns.items()}
-        found.append({"Method": row["label"]} | {t: f"{c['mean']} {c['interval']}".strip() for t, c in cells.items()})
-    return pl.DataFrame(found)
+    return printed(tabulate_arriving(setting, directory).methods, _ACCURACY | {"dormant": _UNITS["dormant"]}, "Method")
 
 
 def _scratch(setting: ArrivingClasses) -> str | None:

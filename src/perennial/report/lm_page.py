@@ -13,7 +13,7 @@ from perennial.report.dominant_figures import draw_dominant, kind_name, kind_of
 from perennial.report.lm_figures import RATIO_ENDS, draw_texts, method_looks
 from perennial.report.lm_tables import DominantTables, TextTables, tabulate_dominant, tabulate_texts
 from perennial.report.lm_words import dominant_notes, text_notes
-from perennial.report.sections import cell, section, write_page
+from perennial.report.sections import printed, section, write_page
 from perennial.report.words import number
 
 _SEQUENCES = {
@@ -141,12 +141,12 @@ def text_summary(stream: TextStream, directory: Path) -> pl.DataFrame:
     """The methods as text, to print."""
     rows = tabulate_texts(stream, Path(directory)).methods
     names = ("average", "forgetting", "learning", "against_alone")
-    return _printed(rows, {n: _SEQUENCES[n] for n in names}, "Method")
+    return printed(rows, {n: _SEQUENCES[n] for n in names}, "Method")
 
 
 def dominant_summary(experiment: DominantTickets, directory: Path) -> pl.DataFrame:
     """What was trained as text, to print."""
-    return _printed(_labelled(tabulate_dominant(experiment, Path(directory))).scores, _TICKETS, "Trained")
+    return printed(_labelled(tabulate_dominant(experiment, Path(directory))).scores, _TICKETS, "Trained")
 
 
 def _seeds(count: int, part: str) -> str:
@@ -168,11 +168,3 @@ def _labelled(tables: DominantTables) -> DominantTables:
         for r in tables.scores.iter_rows(named=True)
     ]
     return replace(tables, scores=tables.scores.with_columns(pl.Series("label", labels)))
-
-
-def _printed(rows: pl.DataFrame, columns: dict[str, tuple[str, float]], first: str) -> pl.DataFrame:
-    found = []
-    for row in rows.iter_rows(named=True):
-        cells = {title: cell(row, name, scale) for name, (title, scale) in columns.items()}
-        found.append({first: row["label"]} | {t: f"{c['mean']} {c['interval']}".strip() for t, c in cells.items()})
-    return pl.DataFrame(found)

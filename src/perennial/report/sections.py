@@ -26,6 +26,15 @@ def cell(row: dict[str, Any], name: str, scale: float) -> dict[str, str]:
     return {"mean": mean_text(value, low, high), "interval": interval_text(value, low, high)}
 
 
+def printed(rows: pl.DataFrame, columns: dict[str, tuple[str, float]], first: str) -> pl.DataFrame:
+    """A table as text: its columns under their headings, the rows' labels under ``first``."""
+    found = []
+    for row in rows.iter_rows(named=True):
+        cells = {title: cell(row, name, scale) for name, (title, scale) in columns.items()}
+        found.append({first: row["label"]} | {t: f"{c['mean']} {c['interval']}".strip() for t, c in cells.items()})
+    return pl.DataFrame(found)
+
+
 def section(
     title: str,
     figures: Sequence[str],

@@ -33,6 +33,13 @@ MEASURES = {
     LOSS: Measure("Online loss"),
     "test_accuracy": Measure("Held-out accuracy at the ends of tasks", share=True, higher_is_better=True),
     **{m.name: Measure(m.title, m.share, m.better == "higher") for m in METRICS.values()},
+    **{
+        f"{net}.{m.name}": Measure(f"{m.title}, {net}", m.share, m.better == "higher")
+        for m in METRICS.values()
+        for net in ("policy", "value")
+    },
+    "return": Measure("Return of an episode", higher_is_better=True),
+    "replaced_units": Measure("Units replaced so far"),
     "units_replaced": Measure("Replacements per unit so far"),
     "utility_spearman": Measure("Spearman correlation with the exact utility", higher_is_better=True),
     "utility_kendall": Measure("Kendall correlation with the exact utility", higher_is_better=True),

@@ -22,12 +22,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 import perennial
+from perennial.runs.control import run_control
 from perennial.runs.directory import RESULT_SCHEMA, JobFolder, write_table
 from perennial.runs.job import work
 from perennial.runs.plan import Job, lanes_of, make_plan, read_plan
 from perennial.runs.supply import looks_of, run_supply
 from perennial.storage import RunError, read_json, write, write_json
-from perennial.studies import ArrivingStudy, DominantStudy, OtherStudy, Study, TextStudy, TicketStudy, as_yaml, seeds_of
+from perennial.studies import (
+    ArrivingStudy,
+    ControlStudy,
+    DominantStudy,
+    OtherStudy,
+    Study,
+    TextStudy,
+    TicketStudy,
+    as_yaml,
+    seeds_of,
+)
 from perennial.tickets.experiment import run_experiment
 
 
@@ -69,7 +80,7 @@ def execute(
         _claim(study, directory, resume)
         write(directory / "study.yaml", as_yaml(study).encode())
         _note_environment(directory, finished=None)
-        _run_other(study, directory, count, where, console)
+        _run_other(study, directory, count, where, save_every, console)
         _note_environment(directory, finished=_now())
         return
     jobs = _prepare(study, directory, resume, count, where)
@@ -122,7 +133,9 @@ def _prepare(study: Study, directory: Path, resume: bool, workers: int, device: 
     return jobs
 
 
-def _run_other(study: OtherStudy, directory: Path, workers: int, device: torch.device, console: Console) -> None:
+def _run_other(
+    study: OtherStudy, directory: Path, workers: int, device: torch.device, save_every: float, console: Console
+) -> None:
     """A study that is not made of parts, with its progress."""
     with _progress(console) as progress:
         try:
@@ -134,6 +147,14 @@ def _run_other(study: OtherStudy, directory: Path, workers: int, device: torch.d
                 _find_dominant(study, directory, workers, device, progress)
             elif isinstance(study, ArrivingStudy):
                 _learn_classes(study, directory, workers, device, progress)
+            elif isinstance(study, ControlStudy):
+                control = study.control
+                advance = _advance(
+                    progress,
+                    dict.fromkeys(control.jobs(), control.steps),
+                    lambda job: control.methods[job.method].label or job.method,
+                )
+                run_control(control, directory, workers=workers, save_every=save_every, progress=advance)
             else:
                 seeds = len(seeds_of(study.life, "life"))
                 totals = {"lives": seeds * study.life.steps * len(study.life.methods), "looks": len(looks_of(study))}

@@ -3,6 +3,7 @@
 from perennial.studies.load import OtherStudy, as_yaml, load, parse_setting, shipped
 from perennial.studies.schema import (
     ArrivingStudy,
+    ControlStudy,
     DominantStudy,
     MethodEntry,
     Part,
@@ -21,6 +22,7 @@ from perennial.studies.schema import (
 
 __all__ = [
     "ArrivingStudy",
+    "ControlStudy",
     "DominantStudy",
     "MethodEntry",
     "OtherStudy",

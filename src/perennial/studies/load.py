@@ -17,6 +17,7 @@ from perennial.population import MEASURED
 from perennial.streams import PermutedMNIST
 from perennial.studies.schema import (
     ArrivingStudy,
+    ControlStudy,
     DominantStudy,
     MethodEntry,
     Part,
@@ -32,7 +33,7 @@ from perennial.studies.schema import (
     variants_of,
 )
 
-OtherStudy: TypeAlias = TicketStudy | SupplyStudy | TextStudy | DominantStudy | ArrivingStudy
+OtherStudy: TypeAlias = TicketStudy | SupplyStudy | TextStudy | DominantStudy | ArrivingStudy | ControlStudy
 """Studies that are not made of parts."""
 
 Lines = dict[str, str]
@@ -107,6 +108,7 @@ _KINDS = {
     "texts": _Kind(TextStudy, ("texts",), {"steps": "texts.training.steps", "seeds": "texts.seeds"}),
     "dominant": _Kind(DominantStudy, ("dominant",), {"steps": "dominant.training.steps", "seeds": "dominant.seeds"}),
     "arriving": _Kind(ArrivingStudy, ("arriving",), {"steps": "arriving.training.epochs", "seeds": "arriving.seeds"}),
+    "control": _Kind(ControlStudy, ("control",), {"steps": "control.steps", "seeds": "control.seeds"}),
 }
 
 

@@ -18,6 +18,7 @@ from perennial.incremental import ArrivingClasses
 from perennial.lm import DominantTickets, TextStream
 from perennial.methods import Intervention, Method, Rule
 from perennial.population import Lane
+from perennial.rl import Control
 from perennial.streams import Stream
 from perennial.tickets.experiment import Experiment
 from perennial.tickets.supply import Supply
@@ -131,6 +132,13 @@ class ArrivingStudy(_Described):
 
     arriving: ArrivingClasses
     """The images, the network, the training, the methods and the seeds."""
+
+
+class ControlStudy(_Described):
+    """A body that learns to run while the ground under it changes, or does not, by several methods."""
+
+    control: Control
+    """The body, PPO's settings, the methods and the seeds."""
 
 
 @dataclass(frozen=True)
