@@ -400,8 +400,9 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
+        late = {"differentiable"}  # torch's load_state_dict adds this key to groups that lack it
+        assert one.keys() - late == other.keys() - late, where
+        for key in one.keys() - late:
             assert_same(one[key], other[key], f"{where}.{key}")
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other), where
@@ -450,6 +451,8 @@ STUDIES = {
     "nature/walker": (50_000_000, 30, 4),
     "nature/slippery-ant-small": (300_000, 3, 4),
 }
+SHORT = "nature/slippery-ant-small"
+"""Its settings are those of the first, but for the times."""
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -474,7 +477,7 @@ def test_every_study_of_control_is_tested_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(n, m) for n in STUDIES for m in load(n).control.methods],  # type: ignore[union-attr]
+    [(n, m) for n in STUDIES if n != SHORT for m in load(n).control.methods],  # type: ignore[union-attr]
 )
 def test_first_steps_of_full_settings(name: str, method: str, tmp_path: Path) -> None:
     """A rollout, its training and a measurement."""
