@@ -40,7 +40,12 @@ autodoc_typehints_format = "short"
 
 # A reference that leads nowhere is an error. Other libraries' pages are not looked up: that would need the network.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|numpy|polars|pathlib|peft|transformers|gymnasium|stable_baselines3)\..*|Tensor")]
+nitpick_ignore_regex = [
+    (
+        "py:.*",
+        r"(torch|collections|typing|numpy|polars|pathlib|peft|transformers|gymnasium|stable_baselines3)\..*|Tensor",
+    )
+]
 
 GENERATED = Path(__file__).parent / "generated"
 

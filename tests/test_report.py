@@ -118,6 +118,24 @@ def test_sensitivity_takes_the_best_of_the_other_numbers(tmp_path: Path) -> None
         assert mean == min(mine)
 
 
+def test_curves_of_every_setting_are_those_of_the_results(tmp_path: Path) -> None:
+    grid = {"upgd": GRIDS["upgd"], "continual_backprop": {STEP_SIZE: [10.0**-n for n in range(1, 9)]}}
+    methods = ("backprop", "upgd", "continual_backprop", "linear")
+    run = build(tmp_path, parts={"relu": "regression"}, methods=methods, grids=grid)
+    write_report(run)
+    assert {file.stem for file in (run / "figures").glob("*-every-*")} == {"relu-every-upgd"}, "eight are too many"
+    svg = (run / "figures/relu-every-upgd.svg").read_text(encoding="utf-8")
+    assert "UPGD: online loss" in svg
+    table = pl.read_csv(run / "tables/relu-every-setting.csv")
+    settings = [f"rule.lr={value}" for value in GRIDS["upgd"]["rule.lr"]]
+    assert set(table["settings"]) == set(settings)
+    results = pl.read_parquet(run / "results.parquet").filter(method="upgd", metric="online_loss")
+    for one in settings:
+        assert f"lr {one.partition('=')[2]}" in svg
+        mean = results.filter(settings=one).group_by("step").agg(pl.col("value").mean()).sort("step")
+        assert table.filter(settings=one)["mean"].to_list() == pytest.approx(mean["value"].to_list())
+
+
 def test_table_to_print_is_the_pages_and_writes_nothing(tmp_path: Path, small: Path) -> None:
     before = sorted(small.rglob("*"))
     table = summary_table(small)

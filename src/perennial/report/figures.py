@@ -51,6 +51,7 @@ def curve_figure(
     wide: bool,
     axis: str = "examples seen",
     marks: Sequence[float] = (),
+    told: str = "",
 ) -> Drawing | None:
     """One metric against examples seen or other steps, a line with its interval a method. None if there is no number.
 
@@ -63,6 +64,7 @@ def curve_figure(
         wide: over the whole page, or one of two beside each other.
         axis: what the steps are.
         marks: steps to draw a vertical line at.
+        told: what the heading says that all lines are of.
     """
     lines = _lines(part, frame, "step")
     if not lines:
@@ -84,7 +86,7 @@ def curve_figure(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: examples(value)))
         axes.set_xlabel(axis, labelpad=7, fontsize=LABEL)
         if not wide:
-            heading(drawn.figure, shown.label)
+            heading(drawn.figure, f"{told}: {shown.label.lower()}" if told else shown.label)
         else:
             better = "higher" if shown.higher_is_better else "lower"
             heading(drawn.figure, f"{shown.label} ({better} is better)")

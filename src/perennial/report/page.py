@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import polars as pl
 from markupsafe import Markup
 
 from perennial.report.figures import curve_figure, sensitivity_figure
-from perennial.report.load import Part, Run, load
+from perennial.report.load import Method, Part, Run, load
 from perennial.report.looks import Look, looks
 from perennial.report.series import measure
 from perennial.report.svg import FONTS, Drawing
-from perennial.report.tables import QUANTITIES, Tables, method_of, tabulate
+from perennial.report.tables import QUANTITIES, TOGETHER, Tables, method_of, tabulate
 from perennial.report.templates import link, template, write_texts
 from perennial.report.words import cost, facts, quantity, readable
 from perennial.statistics import LEVEL, RESAMPLES
@@ -67,6 +67,7 @@ def write_report(directory: Path) -> Path:
         fonts=Markup(FONTS),
         level=f"{100 * LEVEL:g}%",
         resamples=RESAMPLES,
+        together=TOGETHER,
         study_link=link(run.study_text, "text/yaml"),
     )
     write_texts(directory, {"report.html": page + "\n"})
@@ -142,13 +143,15 @@ def _slug(text: str) -> str:
 
 
 def _drawings(chapter: _Chapter, look: dict[str, Look]) -> dict[str, Drawing]:
-    """Figures by what they show: ``curves``, ``of `` a diagnostic, ``by `` a swept number."""
+    """Figures by what they show: ``curves``, ``every `` setting of a method, ``of `` a diagnostic, ``by `` a number."""
     part, tables = chapter.part, chapter.tables
     made: dict[str, Drawing | None] = {
         "curves": curve_figure(
             f"{chapter.slug}-learning-curves", f"Learning curves: {part.title}", part, tables.curves, look, wide=True
         )
     }
+    for key in tables.settings.get_column("method").unique(maintain_order=True):
+        made[f"every {key}"] = _every_setting(chapter, key)
     for metric in tables.diagnostics.get_column("metric").unique(maintain_order=True):
         frame = tables.diagnostics.filter(pl.col("metric") == metric)
         name = f"{chapter.slug}-{_slug(metric)}"
@@ -162,6 +165,26 @@ def _drawings(chapter: _Chapter, look: dict[str, Look]) -> dict[str, Drawing]:
     return {key: drawing for key, drawing in made.items() if drawing is not None}
 
 
+def _every_setting(chapter: _Chapter, key: str) -> Drawing | None:
+    """The learning curves of all settings of a method, beside the best of the reference lines."""
+    part, tables = chapter.part, chapter.tables
+    method = method_of(part, key)
+    mine = tables.settings.filter(pl.col("method") == key)
+    lines = [
+        Method(settings, readable(settings), False, False) for settings in mine["settings"].unique(maintain_order=True)
+    ]
+    references = [other for other in part.methods if other.linear and not method.linear]
+    every = replace(part, methods=(*lines, *references))
+    named = mine.with_columns(method=pl.col("settings"))
+    beside = tables.curves.filter(pl.col("method").is_in([other.key for other in references]))
+    name = f"{chapter.slug}-every-{_slug(key)}"
+    title = f"{method.label}, every setting: {part.title}"
+    look = looks([every])
+    drawn = curve_figure(name, title, every, pl.concat([named, beside]), look, wide=False, told=method.label)
+    # The key on the page has no entry for a setting, so a narrow screen must not cut the names of the lines off.
+    return drawn and replace(drawn, plot_share=1.0)
+
+
 def _frames(chapter: _Chapter) -> dict[str, str]:
     """CSV texts by file name."""
     tables = chapter.tables
@@ -169,6 +192,7 @@ def _frames(chapter: _Chapter) -> dict[str, str]:
         "summary": tables.summary,
         "learning-curves": tables.curves,
         "diagnostics": tables.diagnostics,
+        "every-setting": tables.settings,
         "sensitivity": tables.sensitivity,
     }
     return {f"{chapter.slug}-{name}.csv": frame.write_csv() for name, frame in named.items() if not frame.is_empty()}
@@ -189,6 +213,7 @@ def _context(
         "key": [_key_entry(row, part, look) for row in rows if row["rank"] == 1],
         "curves": _figures(drawings, "curves"),
         "diagnostics": _figures(drawings, "of "),
+        "every": _figures(drawings, "every "),
         "sensitivity": _figures(drawings, "by "),
         "metric": main.label.lower(),
         "share": main.share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ _SENSITIVITY = {
 }
 QUANTITIES = ("first", "last", "average", "loss_of_plasticity")
 """Columns of the summary that are means over lanes, each with ``_low`` and ``_high`` beside it."""
+TOGETHER = 7
+"""Settings of one method that are drawn together."""
 _SUMMARY: dict[str, Any] = {
     "part": pl.String,
     "method": pl.String,
@@ -67,6 +70,8 @@ class Tables:
     """The main metric by bin, each method at its best setting."""
     diagnostics: pl.DataFrame
     """The other metrics by step, each method at its best setting."""
+    settings: pl.DataFrame
+    """The main metric by bin at every setting of the methods that have from two to :data:`TOGETHER` of them."""
     sensitivity: pl.DataFrame
     """Average performance against each swept number, the best choice of the others."""
     choices: list[str]
@@ -80,12 +85,15 @@ def tabulate(run: Run, part: Part) -> Tables:
     summary = _summary(run, part, metric, found)
     every = [swept(settings) for settings in summary.get_column("settings")]
     choices = list(dict.fromkeys(name for one in every for name, value in one.items() if isinstance(value, str)))
-    best = {row["method"]: row["settings"] for row in summary.iter_rows(named=True) if row["rank"] == 1}
+    best = {(row["method"], row["settings"]) for row in summary.iter_rows(named=True) if row["rank"] == 1}
+    tried = Counter(series.method.key for series in found)
+    together = {(s.method.key, s.settings) for s in found if 2 <= tried[s.method.key] <= TOGETHER}
     return Tables(
         metric=metric,
         summary=summary,
         curves=_curves({metric: found}, best),
         diagnostics=_curves({name: series_of(run, part, name) for name in diagnostics(run, part)}, best),
+        settings=_curves({metric: found}, together),
         sensitivity=_sensitivity(part, summary, choices),
         choices=choices,
     )
@@ -156,11 +164,11 @@ def _seconds_per_step(run: Run, part: Part) -> dict[str, float]:
     return {method: seconds[method] / steps[method] for method in seconds if steps[method]}
 
 
-def _curves(found: dict[str, list[Series]], best: dict[str, str]) -> pl.DataFrame:
+def _curves(found: dict[str, list[Series]], chosen: set[tuple[str, str]]) -> pl.DataFrame:
     rows: list[dict[str, Any]] = []
     for metric, every in found.items():
         for series in every:
-            if series.settings == best.get(series.method.key):
+            if (series.method.key, series.settings) in chosen:
                 made = estimate(series.values)
                 name = {"metric": metric, "method": series.method.key, "settings": series.settings}
                 rows += [name | {"step": step} | point for step, point in zip(series.steps, _points(made), strict=True)]
