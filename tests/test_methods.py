@@ -380,6 +380,7 @@ def test_step_and_event_are_pure(case: Case) -> None:
     if isinstance(method, Intervention):
         bare = Context({}, {}, noise, population.units)
         calls.append(lambda: method.event(state.params, own, bare))
+        calls.append(lambda: method.begin(state.params, own, bare))
     for call in calls:
         first, second = call(), call()
         same(inputs, before)

@@ -20,10 +20,12 @@ from perennial import (
     UPGD,
     Adam,
     ContinualBackprop,
+    L2Init,
     Lane,
     PermutedDigits,
     Population,
     ShrinkAndPerturb,
+    attach,
     metrics,
 )
 from perennial.methods import Context, Intervention, Outcome, Regulariser, Scalar
@@ -876,3 +878,55 @@ def test_a_layer_may_have_as_many_units_as_there_are_lanes() -> None:
         found.append(population.state.params)
     for name, w in found[0].items():
         torch.testing.assert_close(w, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+# --- what methods do before the first step -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Doubling(Intervention):
+    """Begins with every weight doubled, or with what it is given."""
+
+    name = "doubling"
+    wrong: str = ""
+
+    def init(self, params: Any, units: Any) -> tuple[()]:
+        return ()
+
+    def begin(self, params: Any, state: tuple[()], context: Any) -> Any:
+        if self.wrong == "name":
+            return {"nope": torch.zeros(1)}, state
+        if self.wrong == "shape":
+            return {name: w.flatten() for name, w in params.items() if w.dim() == 2}, state
+        changed = {name: 2 * w for name, w in params.items()}
+        return changed if self.wrong == "pair" else (changed, state)
+
+
+def test_a_method_is_initialised_on_what_those_before_it_have_begun_with() -> None:
+    plain, begun = (lane(populate([Lane(3, SGD(), ms)]), 0) for ms in ((), (Doubling(), L2Init(rate=0.1))))
+    same({n: 2 * w for n, w in plain.params.items()}, begun.params)
+    same(begun.methods[2].initial, begun.params)
+    model = MLP(hidden=(4,)).build(3, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for method in (Doubling(), L2Init(rate=0.1)):
+        keeper = attach(method, model, optimizer, example=torch.randn(8, 3))
+    same(keeper.state.initial, {name: 2 * w for name, w in before.items()})
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ("name", r"doubling.begin changes 'nope', which is no parameter: 1.weight"),
+    ("shape", r"doubling.begin makes 1.weight \(\d+,\); it is \(\d+, \d+\)"),
+    ("pair", r"doubling.begin returned dict; it returns \(changed parameters, state\)"),
+])  # fmt: skip
+def test_what_begin_returns_is_looked_at(wrong: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        populate([Lane(0, SGD(), (Doubling(wrong),))])
+
+
+def test_a_stream_that_says_it_holds_out_and_does_not_is_refused() -> None:
+    class Careless(Table):
+        holds_out = True
+
+    with pytest.raises(ValueError, match=r"table says that it holds examples out, but its feed, .*, has no held_out"):
+        populate([Lane(0, SGD())], Careless())

@@ -260,7 +260,7 @@ class Keeper:
         """What the method does before the first step. Until that is made, what was overwritten is kept, with what it
         was overwritten by: the weights may be those of a checkpoint, of which the optimizer's part is loaded next."""
         context = self._context({}, {})._replace(grads={})
-        changed, self.state = self.method.begin(self._params, self.state, context)
+        changed, self.state = self.method.begun(self._params, self.state, context)
         self._begun = {name: (self._live(name).detach().clone(), new) for name, new in changed.items()}
         self._write(changed)
 

@@ -241,9 +241,31 @@ class Intervention(Method):
 
         For what ``init`` cannot do, which has no random numbers and changes nothing. The context has the noise of step
         -1 and the units, and nothing else. A function of the parameters and the noise alone: where a checkpoint is
-        loaded before the first step it is undone, or done again with the checkpoint's seed.
+        loaded before the first step it is undone, or done again with the checkpoint's seed. Of several interventions
+        each is initialised and begins before the next is initialised, so one that remembers the start remembers what
+        those before it made of it.
         """
         return {}, state
+
+    def begun(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
+        """What :meth:`begin` returns, looked at.
+
+        Raises:
+            ValueError: it is not a pair, or names a parameter that there is not, or gives one another shape.
+        """
+        made = self.begin(params, state, context)
+        if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], Mapping):
+            raise ValueError(
+                f"{self.name}.begin returned {type(made).__name__}; it returns (changed parameters, state)"
+            )
+        for name, value in made[0].items():
+            if name not in params:
+                raise ValueError(f"{self.name}.begin changes {name!r}, which is no parameter: {', '.join(params)}")
+            if value.shape != params[name].shape:
+                raise ValueError(
+                    f"{self.name}.begin makes {name} {tuple(value.shape)}; it is {tuple(params[name].shape)}"
+                )
+        return made
 
     def step(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
         """After every optimizer step: the parameters that change, by name, and the next state."""

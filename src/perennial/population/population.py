@@ -106,6 +106,11 @@ class Population:
         self._lane_seed = torch.tensor([seeds.index(lane.seed) for lane in padded], device=self.device)
         self._own_seeds = self._lane_seed.tolist() == list(range(len(seeds)))
         self.feed = stream.open(seeds, self.device)
+        if stream.holds_out and not hasattr(self.feed, "held_out"):
+            raise ValueError(
+                f"{stream.name} says that it holds examples out, but its feed, {type(self.feed).__name__}, has no "
+                "held_out(step); add it, or set holds_out to False"
+            )
         self._numbers = hyper_parameters(padded, dtype, self.device)
         keys = [seed_key(lane.seed, "method") for lane in padded]
         self._keys = torch.tensor(keys, dtype=torch.int32, device=self.device).T.contiguous()  # [2, lanes]
@@ -163,11 +168,12 @@ class Population:
             params = drawn[lane.seed]
             zero = torch.zeros((), dtype=torch.int32, device=self.device)
             total = zero.to(torch.float64)
-            states = [method.init(params, self.units) for method in lane.methods]
+            states = [lane.rule.init(params, self.units)]
             noise = Noise(torch.tensor(seed_key(lane.seed, "method"), dtype=torch.int32, device=self.device), zero - 1)
-            for position, method in enumerate(lane.interventions, start=1):
+            for method in lane.interventions:
                 context = Context({}, {}, noise.scoped(method.name), self.units)
-                changed, states[position] = method.begin(params, states[position], context)
+                changed, own = method.begun(params, method.init(params, self.units), context)
+                states.append(own)
                 params = params | changed
             return LaneState(params, tuple(states), zero, zero - 1, zero, total, total, total, total)
 
