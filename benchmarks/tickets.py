@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from perennial.methods import Adam
-from perennial.streams.files import mnist
+from perennial.streams.files import flat_images
 from perennial.tickets import NETWORKS, Examples, SparseMLPs, mlp_layers, remaining_weights, whole
 
 RATES = {"output": 0.1, "*": 0.2}
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=300)
     chosen = parser.parse_args()
-    images, classes = mnist()
+    images, classes = flat_images("mnist")
     x, y = images[:55_000].float() / 255, classes[:55_000]
     examples = Examples(x, y)
     levels = [percent / 100 for percent in remaining_weights(NETWORKS["lenet_300_100"](), RATES, ROUNDS)]

@@ -44,7 +44,9 @@ nitpick_ignore_regex = [
     (
         "py:.*",
         r"(torch|collections|typing|numpy|polars|pathlib|peft|transformers|gymnasium|stable_baselines3)\..*|Tensor",
-    )
+    ),
+    # Sphinx reads a signature with a default that is no expression, <factory>, by splitting it at commas.
+    ("py:class", r"(tuple|dict|Mapping)\[\w+"),
 ]
 
 GENERATED = Path(__file__).parent / "generated"

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import perennial.incremental.images
 import perennial.incremental.learn
+from perennial.compared import Job
 from perennial.incremental import ArrivingClasses, ImageRecipe, ImageTraining, class_order, divided, run_arriving
 from perennial.incremental.images import ArrivingImages
 from perennial.incremental.learn import Learner, run_one
 from perennial.incremental.measures import accuracy, diagnose
-from perennial.incremental.setting import Job
 from perennial.metrics import rank_99, rarely_active_units
 from perennial.parallel import Stopped
 from perennial.resnet import ResNet18

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from perennial.compared import Job
 from perennial.lm import DominantTickets, Recipe, Selection, TextStream, TextTraining
 from perennial.lm.dominant import Job as Training
-from perennial.lm.stream import Job
 from perennial.report.lm_page import dominant_summary, text_summary, write_dominant_report, write_text_report
 from perennial.report.lm_tables import tabulate_dominant, tabulate_texts
 from perennial.report.load import NoResultsError

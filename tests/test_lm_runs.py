@@ -13,6 +13,7 @@ import torch
 from text_models import TARGETS, text_task, write_model, write_tasks
 from torch import Tensor, nn
 
+from perennial.compared import Job
 from perennial.lm import (
     AdapterStack,
     Asked,
@@ -34,7 +35,6 @@ from perennial.lm import (
 from perennial.lm.dominant import Job as Training
 from perennial.lm.dominant import run_training
 from perennial.lm.learn import run_sequence
-from perennial.lm.stream import Job
 from perennial.parallel import Stopped
 from perennial.storage import RunError, read_tensors
 from perennial.studies import StudyError, TextStudy, load

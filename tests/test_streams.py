@@ -31,7 +31,7 @@ from perennial.streams import (
     Stream,
     SumOfTwo,
 )
-from perennial.streams.files import images, mnist
+from perennial.streams.files import flat_images, images
 from perennial.streams.formats import read_idx, read_pictures
 
 DATA = Path(os.environ.get("PERENNIAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -347,7 +347,7 @@ def test_the_digits_probe_is_of_the_task_in_force() -> None:
 
 @needs_mnist
 def test_mnist_is_permuted_from_the_original_and_visited_once_a_pass() -> None:
-    images, classes = mnist()
+    images, classes = flat_images("mnist")
     seen, targets = Opened(PermutedMNIST(task_steps=25_000), [2]).examples(0, 60_001)
     assert float(seen.min()) == -1
     assert float(seen.max()) == 1
@@ -376,18 +376,18 @@ def test_the_papers_permutations_build_on_each_other_and_tasks_begin_passes() ->
     assert torch.equal(stream.open([3], torch.device("cpu")).pixels(1)[:, 0], second[:, 0])
     # A task of 70,000 is a whole pass and the beginning of another; the next task begins a third.
     shown = torch.cat([feed.examples(at, 5000).targets[:, 0, 0] for at in range(0, 75_000, 5000)])
-    counts = mnist()[1].bincount()
+    counts = flat_images("mnist")[1].bincount()
     assert torch.equal(shown[:60_000].bincount(), counts)
     orders = [feed.order(epoch)[:, 0] for epoch in range(3)]
-    classes = mnist()[1]
+    classes = flat_images("mnist")[1]
     assert torch.equal(shown[60_000:70_000], classes[orders[1][:10_000]])
     assert torch.equal(shown[70_000:], classes[orders[2][:5000]])
     pixels = feed.examples(69_999, 2).inputs[:, 0, :, 0]
     assert float(pixels.min()) == 0
     assert float(pixels.max()) == 1
     rows = classes.new_tensor([orders[1][9999], orders[2][0]])
-    assert torch.allclose(pixels[0], mnist()[0][rows[0]].float()[first[:, 0]] / 255)
-    assert torch.allclose(pixels[1], mnist()[0][rows[1]].float()[second[:, 0]] / 255)
+    assert torch.allclose(pixels[0], flat_images("mnist")[0][rows[0]].float()[first[:, 0]] / 255)
+    assert torch.allclose(pixels[1], flat_images("mnist")[0][rows[1]].float()[second[:, 0]] / 255)
 
 
 @pytest.mark.skipif(not (DATA / FILES["emnist"]).exists(), reason="EMNIST is not here")

@@ -21,7 +21,7 @@ from perennial.parallel import run_jobs
 from perennial.runs.supply import FRESH, looks_of
 from perennial.storage import RunError
 from perennial.streams import PermutedMNIST
-from perennial.streams.files import images, mnist
+from perennial.streams.files import flat_images, images
 from perennial.studies import StudyError, SupplyStudy, TicketStudy, load
 from perennial.tickets.experiment import Job, rows
 
@@ -118,7 +118,7 @@ def test_a_whole_task_is_what_the_stream_shows() -> None:
 
 @needs_mnist
 def test_the_test_set_of_mnist() -> None:
-    pixels, classes = mnist("test")
+    pixels, classes = flat_images("mnist", "test")
     assert (pixels.shape, pixels.dtype) == ((10_000, 784), torch.uint8)
     assert classes.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 

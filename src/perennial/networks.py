@@ -111,8 +111,7 @@ class UPGDConvNet:
         Raises:
             ValueError: an input has not 3 x 32 x 32 numbers.
         """
-        if inputs != 3 * 32 * 32:
-            raise ValueError(f"upgd_convnet takes pictures of 3 x 32 x 32, 3072 numbers, but the inputs have {inputs}")
+        _check_pictures(self.name, inputs)
         return nn.Sequential(
             nn.Conv2d(3, 6, 5),
             nn.MaxPool2d(2),
@@ -143,13 +142,17 @@ class ConvNet:
         Raises:
             ValueError: an input has not 3 x 32 x 32 numbers.
         """
-        if inputs != 3 * 32 * 32:
-            raise ValueError(f"convnet takes pictures of 3 x 32 x 32, 3072 numbers, but the inputs have {inputs}")
+        _check_pictures(self.name, inputs)
         layers: list[nn.Module] = []
         for channels, units, size in ((3, 32, 5), (32, 64, 3), (64, 128, 3)):
             layers += [nn.Conv2d(channels, units, size), nn.ReLU(), nn.MaxPool2d(2)]
         layers += [nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(128, outputs))
+
+
+def _check_pictures(name: str, inputs: int) -> None:
+    if inputs != 3 * 32 * 32:
+        raise ValueError(f"{name} takes pictures of 3 x 32 x 32, 3072 numbers, but the inputs have {inputs}")
 
 
 Network: TypeAlias = MLP | Linear | UPGDConvNet | ConvNet

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perennial.attach import Keeper, attach
+from perennial.compared import Job
 from perennial.incremental.images import ArrivingImages
 from perennial.incremental.measures import accuracy, diagnose
-from perennial.incremental.setting import ArrivingClasses, ImageRecipe, Job
+from perennial.incremental.setting import ArrivingClasses, ImageRecipe
 from perennial.methods import Regulariser
 from perennial.noise import torch_seed
 from perennial.parallel import run_jobs
@@ -118,8 +119,8 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(self.seed, f"network {increment}"))
             self.model = ResNet18(setting.classes, setting.width)
-        # On a CPU channels last is faster at some sizes (by up to 40% at 8 channels and 32 pixels) and slower at the
-        # full one, and torch 2.13 corrupts memory there in the backward pass of convolutions of fewer than 8 channels.
+        # On a CPU channels last is faster at some sizes and slower at the full one, and torch 2.13 corrupts memory
+        # there in the backward pass of convolutions of fewer than 8 channels.
         self.layout = torch.contiguous_format if self.device == "cpu" else torch.channels_last
         self.model.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = self.recipe.made_optimizer(list(self.model.named_parameters()), setting.training)

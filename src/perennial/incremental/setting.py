@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from perennial.methods import REGISTRY, Intervention
-from perennial.named import made
-from perennial.optim import OPTIMIZERS
-from perennial.storage import read_json
+from perennial.compared import RULES, STRICT, Job, check_compared, jobs, made, made_interventions
+from perennial.methods import Intervention
 from perennial.streams.augment import Augmentation
-
-_STRICT: dict[str, str] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class ImageTraining:
     """How a network is trained between two arrivals; the defaults are the paper's."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     epochs: int = 200
     """Passes over the images of all classes so far."""
@@ -63,7 +58,7 @@ class ImageTraining:
 class ImageRecipe:
     """A method: what trains, what is attached to it, and what begins anew when classes arrive."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     label: str = ""
     """How figures call it."""
@@ -83,8 +78,7 @@ class ImageRecipe:
 
     def made_interventions(self) -> list[Intervention]:
         """The interventions themselves."""
-        known = {m.name: m for m in REGISTRY if issubclass(m, Intervention)}
-        return [made(known, "intervention", name, settings or {}) for name, settings in self.interventions.items()]
+        return made_interventions(self.interventions)
 
     def made_optimizer(
         self, params: Sequence[tuple[str, nn.Parameter]], training: ImageTraining
@@ -95,8 +89,7 @@ class ImageRecipe:
             base = {"lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay}
             sgd: torch.optim.Optimizer = made({"sgd": torch.optim.SGD}, "optimizer", "sgd", base | settings, params)
             return sgd
-        known = {cls.rule.name: cls for cls in OPTIMIZERS.values()}
-        rule: torch.optim.Optimizer = made(known, "optimizer rule", name, {"lr": training.lr} | settings, params)
+        rule: torch.optim.Optimizer = made(RULES, "optimizer rule", name, {"lr": training.lr} | settings, params)
         return rule
 
 
@@ -108,7 +101,7 @@ class ArrivingClasses:
     of the epoch with the best accuracy on the validation images; the next increment begins with it.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     methods: Mapping[str, ImageRecipe]
     """What is compared, by key."""
@@ -136,10 +129,7 @@ class ArrivingClasses:
     """Of the order of classes, the division of images, the weights, batches, augmentation, and the methods' noise."""
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            raise ValueError("methods is empty; a study compares at least one")
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {self.seeds}; they are different whole numbers from 0, at least one")
+        check_compared(self.methods, self.seeds)
         for name in ("increments", "per_increment", "train", "validation", "test", "side", "width", "diagnosed"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -153,7 +143,7 @@ class ArrivingClasses:
 
     def jobs(self) -> list[Job]:
         """All runs, seed by seed."""
-        return [Job(method, seed) for seed in self.seeds for method in self.methods]
+        return jobs(self.methods, self.seeds)
 
     def batches(self, increment: int) -> int:
         """Steps of an epoch of an increment, from 0."""
@@ -163,23 +153,3 @@ class ArrivingClasses:
     def steps(self, job: Job) -> int:
         """Optimizer steps of a run."""
         return self.training.epochs * sum(self.batches(k) for k in range(self.increments))
-
-
-class Job(NamedTuple):
-    """One method with one seed."""
-
-    method: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.method}, seed {self.seed}"
-
-    def folder(self, directory: Path) -> Path:
-        """Where its results lie."""
-        return directory / f"{self.method}-{self.seed}"
-
-    def results(self, directory: Path) -> dict[str, Any] | None:
-        """What came of it, as far as it has come: ``increments``, a list of records; ``seconds`` of training of each;
-        ``finished``; and ``diverged``, the increment (from 0) in which the loss stopped being finite, or None."""
-        found: dict[str, Any] | None = read_json(self.folder(directory) / "results.json")
-        return found

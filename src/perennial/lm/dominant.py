@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from perennial.compared import check_seeds
 from perennial.lm.data import TextTask, read_task
 from perennial.lm.factors import adapted
 from perennial.lm.models import Asked, Family, Reader, load_model, trained_modules
@@ -113,8 +114,7 @@ class DominantTickets:
         for name in self.controls:
             if name not in CONTROLS:
                 raise ValueError(f"there is no control {name!r}; there are {', '.join(CONTROLS)}")
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {self.seeds}; they are different whole numbers from 0, at least one")
+        check_seeds(self.seeds)
 
     def steps(self, job: Job) -> int:
         """Optimizer steps that a training takes."""

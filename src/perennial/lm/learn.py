@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perennial.compared import Job
 from perennial.lm.data import TextTask
 from perennial.lm.factors import adapted
 from perennial.lm.measures import adapter_measures, collision, relative_threshold, row_overlap, update_cosine
 from perennial.lm.models import Asked, Reader, load_model, trained_modules
 from perennial.lm.penalties import ElasticWeights, PenaltyMixin
 from perennial.lm.stack import AdapterStack
-from perennial.lm.stream import Job, Recipe, TextStream, TextTraining
+from perennial.lm.stream import Recipe, TextStream, TextTraining
 from perennial.methods import Intervention
 from perennial.noise import torch_seed
 from perennial.parallel import run_jobs

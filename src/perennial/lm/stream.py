@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from perennial.compared import RULES, STRICT, Job, check_compared, jobs, made, made_interventions
 from perennial.lm.data import ORDERS, TextTask, read_task
 from perennial.lm.models import Family
 from perennial.lm.penalties import PENALTIES, Penalty
-from perennial.methods import REGISTRY, Intervention
-from perennial.named import made
-from perennial.optim import OPTIMIZERS
-from perennial.storage import read_json
-
-_STRICT: dict[str, str] = {"extra": "forbid"}
+from perennial.methods import Intervention
 
 
 @dataclass(frozen=True)
 class TextTraining:
     """How each task is trained: AdamW without decay at a constant rate, as in the papers, unless a method differs."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     steps: int = 100
     """Optimizer steps a task."""
@@ -50,7 +45,7 @@ class TextTraining:
 class Adapters:
     """The LoRA adapters; the defaults are the papers'."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     rank: int = 8
     """r."""
@@ -66,7 +61,7 @@ class Adapters:
 class Recipe:
     """A method: what is trained, on what, with which pulls and rules."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     label: str = ""
     """How figures call it."""
@@ -103,17 +98,15 @@ class Recipe:
 
     def made_interventions(self) -> list[Intervention]:
         """The interventions themselves."""
-        known = {m.name: m for m in REGISTRY if issubclass(m, Intervention)}
-        return [made(known, "intervention", name, settings or {}) for name, settings in self.interventions.items()]
+        return made_interventions(self.interventions)
 
     def optimizer(self, params: Sequence[Any], lr: float) -> torch.optim.Optimizer:
         """What trains the parameters, or (name, parameter)."""
         lr = self.lr if self.lr is not None else lr
         if not self.rule:
             return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-        known = {cls.rule.name: cls for cls in OPTIMIZERS.values()}
         settings = {"lr": lr} | {k: v for k, v in self.rule.items() if k != "name"}
-        found: torch.optim.Optimizer = made(known, "optimizer rule", self.rule.get("name", ""), settings, params)
+        found: torch.optim.Optimizer = made(RULES, "optimizer rule", self.rule.get("name", ""), settings, params)
         return found
 
 
@@ -121,7 +114,7 @@ class Recipe:
 class TextStream:
     """A model, text tasks in an order, methods and seeds."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     tasks: str | tuple[str, ...]
     """``order1`` to ``order6``, or names of tasks (:func:`~perennial.lm.read_task`) in their order."""
@@ -147,10 +140,7 @@ class TextStream:
     """On which scores are taken: ``validation`` to choose settings by."""
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            raise ValueError("methods is empty; a study compares at least one")
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {self.seeds}; they are different whole numbers from 0, at least one")
+        check_compared(self.methods, self.seeds)
         if isinstance(self.tasks, str) and self.tasks not in ORDERS:
             raise ValueError(f"there is no order {self.tasks!r}; there are {', '.join(ORDERS)}, or name the tasks")
         if len(set(self.names)) < len(self.names) or not self.names:
@@ -171,28 +161,8 @@ class TextStream:
 
     def jobs(self) -> list[Job]:
         """All sequences, seed by seed."""
-        return [Job(method, seed) for seed in self.seeds for method in self.methods]
+        return jobs(self.methods, self.seeds)
 
     def steps(self, job: Job) -> int:
         """Optimizer steps that a sequence takes."""
         return self.training.steps * len(self.names)
-
-
-class Job(NamedTuple):
-    """One sequence of tasks by one method with one seed."""
-
-    method: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.method}, seed {self.seed}"
-
-    def folder(self, directory: Path) -> Path:
-        """Where its results lie."""
-        return directory / f"{self.method}-{self.seed}"
-
-    def results(self, directory: Path) -> dict[str, Any] | None:
-        """What came of it, as far as it has come: ``scores`` [times][tasks], ``losses`` (of training, by task),
-        ``seconds``; when ``finished``, also ``adapters`` and ``pairs``."""
-        found: dict[str, Any] | None = read_json(self.folder(directory) / "results.json")
-        return found

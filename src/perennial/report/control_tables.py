@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from perennial.compared import Job
 from perennial.report.load import RESULTS, NoResultsError
-from perennial.rl import Control, Job
+from perennial.rl import Control
 from perennial.statistics import Floats, estimate
 from perennial.storage import read_json
 

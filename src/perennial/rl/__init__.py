@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from perennial.rl.control import Control, Ground, Job, Learner, PPOSettings
+from perennial.rl.control import Control, Ground, Learner, PPOSettings
 
 if TYPE_CHECKING:
     from perennial.rl.agent import Episodes, LeCunPolicy, make_agent, make_env, measure, units_of
@@ -25,7 +25,6 @@ __all__ = [
     "Control",
     "Episodes",
     "Ground",
-    "Job",
     "LeCunPolicy",
     "Learner",
     "PPOSettings",

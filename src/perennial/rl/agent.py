@@ -153,7 +153,7 @@ def measure(agent: PPO, units: UnitMap) -> dict[str, float]:
     """How plastic policy and value are on the observations of the last rollout.
 
     Returns:
-        ``policy.NAME`` and ``value.NAME`` for every name in :data:`MEASURED`, over all hidden layers of each for
+        ``policy.NAME`` and ``value.NAME`` for every name in ``MEASURED``, over all hidden layers of each for
         metrics of units and of the last for ranks; ``policy.weight_magnitude`` and ``value.weight_magnitude``, of the
         weights of all layers, without biases.
     """

@@ -5,23 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from perennial.methods import REGISTRY, Intervention
-from perennial.named import made, numbers
-from perennial.optim import OPTIMIZERS
-
-_STRICT: dict[str, str] = {"extra": "forbid"}
+from perennial.compared import RULES, STRICT, Job, check_compared, jobs, made_interventions, numbers
+from perennial.methods import Intervention
 
 
 @dataclass(frozen=True)
 class Ground:
     """When the friction changes, and between which values."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     period: int = 2_000_000
     """Environment steps; the friction changes at the first end of an episode after them."""
@@ -41,7 +38,7 @@ class Ground:
 class PPOSettings:
     """Settings of proximal policy optimisation; the defaults are those of Dohare et al. (2024)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     lr: float = 1e-4
     """Step size of policy and value together."""
@@ -78,7 +75,7 @@ class PPOSettings:
 class Learner:
     """A method: the optimizer of policy and value, and what keeps the network plastic."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     label: str = ""
     """How figures call it."""
@@ -107,30 +104,28 @@ class Learner:
 
     def made_interventions(self) -> list[Intervention]:
         """The interventions themselves."""
-        known = {m.name: m for m in REGISTRY if issubclass(m, Intervention)}
-        return [made(known, "intervention", name, settings or {}) for name, settings in self.interventions.items()]
+        return made_interventions(self.interventions)
 
     def optimizer(self, seed: int) -> tuple[Any, dict[str, Any]]:
         """Class and settings of the optimizer, without the step size."""
         if not self.rule:
             return torch.optim.Adam, {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
-        known = {cls.rule.name: cls for cls in OPTIMIZERS.values()}
         settings = numbers({key: value for key, value in self.rule.items() if key != "name"})
         name = str(self.rule.get("name", ""))
-        if name not in known:
-            raise ValueError(f"there is no optimizer rule {name!r}; there are {', '.join(known)}")
+        if name not in RULES:
+            raise ValueError(f"there is no optimizer rule {name!r}; there are {', '.join(RULES)}")
         if "lr" in settings:
             raise ValueError(f"rule.lr is {settings['lr']}; the step size is PPO's, give it as ppo.lr")
-        if "seed" in inspect.signature(known[name].__init__).parameters:
+        if "seed" in inspect.signature(RULES[name].__init__).parameters:
             settings["seed"] = seed
-        return known[name], settings
+        return RULES[name], settings
 
 
 @dataclass(frozen=True)
 class Control:
     """A body that learns to run by PPO, methods and seeds."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     methods: Mapping[str, Learner]
     """What is compared, by key."""
@@ -153,10 +148,7 @@ class Control:
     """Of the frictions, the starts, the first weights, the exploration and the methods' random numbers."""
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            raise ValueError("methods is empty; a study compares at least one")
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {self.seeds}; they are different whole numbers from 0, at least one")
+        check_compared(self.methods, self.seeds)
         for name in ("steps", "episode_steps", "measure_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -167,19 +159,4 @@ class Control:
 
     def jobs(self) -> list[Job]:
         """All runs, seed by seed."""
-        return [Job(method, seed) for seed in self.seeds for method in self.methods]
-
-
-class Job(NamedTuple):
-    """One run of one method with one seed."""
-
-    method: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.method}, seed {self.seed}"
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.method}-{self.seed}"
+        return jobs(self.methods, self.seeds)

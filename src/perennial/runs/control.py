@@ -12,8 +12,9 @@ import polars
 import torch
 from filelock import FileLock
 
+from perennial.compared import Job
 from perennial.parallel import Stopped, run_jobs
-from perennial.rl import Control, Job
+from perennial.rl import Control
 from perennial.runs.directory import RESULT_SCHEMA, JobFolder, write_table
 from perennial.storage import RunError, write_json
 

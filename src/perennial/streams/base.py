@@ -98,3 +98,7 @@ class SeededNoise:
         """Elements 0 to ``count`` of the named draw: float32 [positions, count, seeds]."""
         element = torch.arange(count, dtype=torch.int32, device=self.device)
         return self._noise.uniform(name, element[:, None])
+
+    def order(self, name: str, count: int) -> Tensor:
+        """A uniformly random order of ``count`` things at the first position: int64 [count, seeds]."""
+        return self.uniform(name, count)[0].argsort(dim=0, stable=True)

@@ -137,7 +137,7 @@ class _Feed:
 
     def _classes(self, once: int) -> Tensor:
         """The order of all classes while they come once, int64 [classes, seeds]."""
-        return self._noise(once).uniform("classes", len(self.train))[0].argsort(dim=0, stable=True)
+        return self._noise(once).order("classes", len(self.train))
 
     def pair(self, task: int) -> Tensor:
         """The two classes of a task, int64 [2, seeds]."""
@@ -148,7 +148,7 @@ class _Feed:
     def _order(self, epoch: int) -> Tensor:
         """The order of a pair's training images in a pass, int64 [images, seeds]; passes are counted from the first
         task's first."""
-        return self._noise(epoch).uniform("order", 2 * self.train.shape[1])[0].argsort(dim=0, stable=True)
+        return self._noise(epoch).order("order", 2 * self.train.shape[1])
 
     def _taken(self, images: Tensor, pair: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Images number ``which`` [n, seeds] of each seed's pair, the first class's first: float32

@@ -131,9 +131,9 @@ def images(name: str, part: str = "train") -> Images:
     return found
 
 
-def mnist(part: str = "train") -> tuple[Tensor, Tensor]:
-    """The images of MNIST, flat: uint8 [60000, 784] (``test``: 10,000), and their classes, int64 [60000]."""
-    pixels, classes = images("mnist", part)
+def flat_images(name: str, part: str = "train") -> tuple[Tensor, Tensor]:
+    """A data set's images as rows, uint8 [images, channels x height x width], and their classes, int64 [images]."""
+    pixels, classes = images(name, part)
     return pixels.flatten(1), classes
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from perennial.streams.base import SeededNoise
-from perennial.streams.files import data_folder
-from perennial.streams.online_images import OnlineImages, named_images, random_order
+from perennial.streams.files import data_folder, flat_images
+from perennial.streams.online_images import OnlineImages
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class _LabelPermuted(OnlineImages):
     """Images a task."""
 
     def labels(self, noise: SeededNoise, task: int) -> Tensor | None:
-        return random_order(noise, "labels", self.outputs)
+        return noise.order("labels", self.outputs)
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class LabelPermutedEMNIST(_LabelPermuted):
     inputs = 784
     outputs = 47
 
-    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
-        return named_images("emnist", part)
+    def data(self) -> tuple[Tensor, Tensor]:
+        return flat_images("emnist")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class LabelPermutedCIFAR10(_LabelPermuted):
     def input_shape(self) -> tuple[int, ...]:
         return (3, 32, 32)
 
-    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
-        return named_images("cifar10", part)
+    def data(self) -> tuple[Tensor, Tensor]:
+        return flat_images("cifar10")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LabelPermutedMiniImageNet(_LabelPermuted):
     inputs = 2048
     outputs = 100
 
-    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
+    def data(self) -> tuple[Tensor, Tensor]:
         return _features()
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from perennial.streams.base import Examples, SeededNoise, Stream
-from perennial.streams.files import images
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class OnlineImages(Stream):
     def task_length(self) -> int:
         return self.task_steps
 
-    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
+    def data(self) -> tuple[Tensor, Tensor]:
         """The images, uint8 or float32 [images, inputs], and their classes, int64 [images]."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it shows")
 
@@ -78,7 +77,7 @@ class OnlineImagesFeed:
 
     def _order(self, epoch: int) -> Tensor:
         """The order of the images in a pass, int64 [images, seeds]."""
-        return self.noise(epoch).uniform("order", len(self.classes))[0].argsort(dim=0, stable=True)
+        return self.noise(epoch).order("order", len(self.classes))
 
     def _place(self, step: int) -> tuple[int, int]:
         """The pass that a step is in, and how far."""
@@ -115,14 +114,3 @@ class OnlineImagesFeed:
         """``size`` images of the pass in force as the task in force shows them: [size, inputs, seeds]."""
         rows = self.order(self._place(step)[0])[torch.arange(size, device=self.device) % len(self.classes)]
         return self._shown(rows, step // self.length)
-
-
-def named_images(name: str, part: str) -> tuple[Tensor, Tensor]:
-    """A data set's images, flat, and their classes."""
-    found = images(name, part)
-    return found.pixels.flatten(1), found.classes
-
-
-def random_order(noise: SeededNoise, name: str, count: int) -> Tensor:
-    """A uniformly random order of ``count`` things for every seed: int64 [count, seeds]."""
-    return noise.uniform(name, count)[0].argsort(dim=0, stable=True)

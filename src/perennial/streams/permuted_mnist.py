@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from perennial.streams.base import SeededNoise
-from perennial.streams.online_images import OnlineImages, named_images, random_order
+from perennial.streams.files import flat_images
+from perennial.streams.online_images import OnlineImages
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class PermutedMNIST(OnlineImages):
     inputs = 784
     outputs = 10
 
-    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
-        return named_images("mnist", part)
+    def data(self) -> tuple[Tensor, Tensor]:
+        return flat_images("mnist")
 
     def pixels(self, noise: SeededNoise, task: int) -> Tensor | None:
-        return random_order(noise, "pixels", self.inputs)
+        return noise.order("pixels", self.inputs)
 
     def whole_task(self, seed: int, task: int, part: str = "train") -> tuple[Tensor, Tensor]:
         """All images of the training or the test set under the permutation of one task, float32 [images, 784], and
         their classes, int64 [images], in the files' order."""
-        shown, classes = self.data(part)
+        shown, classes = flat_images("mnist", part)
         pixels = self.open([seed], torch.device("cpu")).pixels(task)
         assert pixels is not None
         return self.scaled(shown[:, pixels[:, 0]]), classes
@@ -80,7 +81,7 @@ def _product(seeds: tuple[int, ...], device: str, task: int) -> Tensor:
         at = torch.arange(784, device=device)[:, None].expand(-1, len(seeds))
     for one in range(known + 1, task + 1):
         noise = SeededNoise(seeds, "tasks", torch.tensor([one], dtype=torch.int32, device=device))
-        at = at.gather(0, random_order(noise, "pixels", 784))
+        at = at.gather(0, noise.order("pixels", 784))
     _LATEST[seeds, device] = task, at
     return at
 
@@ -102,5 +103,5 @@ class StationaryMNIST(OnlineImages):
     inputs = 784
     outputs = 10
 
-    def data(self, part: str = "train") -> tuple[Tensor, Tensor]:
-        return named_images("mnist", part)
+    def data(self) -> tuple[Tensor, Tensor]:
+        return flat_images("mnist")

@@ -12,7 +12,7 @@ from torch import nn
 
 from perennial.parallel import run_jobs
 from perennial.storage import read_json
-from perennial.streams.files import images, mnist
+from perennial.streams.files import flat_images, images
 from perennial.tickets.control import CONTROLS, run_control
 from perennial.tickets.find import Level, Pruning, Stage, Ticket, find_ticket
 from perennial.tickets.networks import NETWORKS
@@ -202,7 +202,7 @@ def rows(experiment: Experiment, directory: Path) -> list[dict[str, Any]]:
 
 def _mnist() -> Data:
     """Pixels in [0, 1], flat."""
-    (x, y), (test, classes) = (mnist(part) for part in ("train", "test"))
+    (x, y), (test, classes) = (flat_images("mnist", part) for part in ("train", "test"))
     return Data(x.float() / 255, y, (test.float() / 255, classes))
 
 
