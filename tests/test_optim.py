@@ -502,6 +502,54 @@ def test_compiled_follows_replaced_tensors() -> None:
     torch.testing.assert_close(flat(native), flat(plain), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", [
+    {},
+    {"protect": False, "utility_decay": 0.0},
+    {"doubled": True, "weight_decay": 0.1, "maximize": True},
+], ids=["plain", "non-protecting", "doubled"])  # fmt: skip
+def test_upgd_compiled_whole_is_the_same_step(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """In groups, with several step counts, fresh rows and columns, and weights that are not contiguous."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Flatten(), nn.Linear(720, 300), nn.ReLU(), nn.Linear(300, 7)).to(
+        dtype
+    )
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    assert not twin[0].weight.is_contiguous()
+    made = []
+    for net in (model, twin):
+        named = list(net.named_parameters())
+        groups = [{"params": named[:3]}, {"params": named[3:], "lr": 0.01, "noise_std": 0.02, "seed": 9}]
+        common = {"lr": 0.05, "noise_std": 0.01, "utility_decay": 0.9, "compiled": net is twin, **settings}
+        made.append(optim.UPGD(groups, **common))
+    for step in range(6):
+        inputs = torch.randn(4, 3, 8, 8, dtype=dtype)
+        for net, optimizer in zip((model, twin), made, strict=True):
+            optimizer.zero_grad()
+            net(inputs).square().mean().backward()
+            if step == 1:
+                net[4].bias.grad = None  # one step behind the others
+            optimizer.step()
+            if step == 2:
+                optimizer.renew(net[2].weight, 0, torch.tensor([3, 5]))
+                optimizer.renew(net[2].weight, 1, torch.tensor([1, 700]))
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
+    torch.testing.assert_close(flat(twin), flat(model), **close)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        one, two = made[0].state[p], made[1].state[q]
+        torch.testing.assert_close(two["utility"], one["utility"], **close)
+        assert all(map(torch.equal, two["ages"], one["ages"]))
+        assert two["step"] == one["step"]
+
+
+def test_upgd_compiled_passes_on_what_is_no_number() -> None:
+    p = nn.Parameter(torch.ones(300))
+    p.grad = torch.ones(300)
+    p.grad[5] = math.nan
+    optim.UPGD([p], compiled=True).step()
+    assert p.isnan().all()
+
+
 def test_the_compiled_sigmoid_is_exact_to_two_bits() -> None:
     x = torch.cat([torch.linspace(-1, 1, 20_001), torch.linspace(-87, 120, 40_001)])
     exact = torch.sigmoid(x.double())

@@ -63,7 +63,7 @@ def compile_step(
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    if not _has_compiler():
+    if not has_compiler():
         return None
     count = len(state)
 
@@ -103,7 +103,7 @@ def compile_any_size(
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    if not _has_compiler():
+    if not has_compiler():
         return None
     count = len(state)
 
@@ -140,10 +140,11 @@ def load_native(source: str) -> ctypes.CDLL:
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
-    if not _has_compiler():
+    if not has_compiler():
         raise RuntimeError("this needs a C++ compiler: install g++, or name one in the variable CXX")
-    # Inductor's own flags do without what its generated code spells out: loops made vectors, products added in one.
-    flags = ("-ftree-loop-vectorize", "-fno-math-errno")
+    # Inductor's own flags do without what its generated code spells out: loops made vectors, products added in one. And
+    # they take comparisons of floats for something that might trap, which keeps loops with one from becoming vectors.
+    flags = ("-ftree-loop-vectorize", "-fno-math-errno", "-fno-trapping-math")
     with config.patch({"cpp.enable_floating_point_contract_flag": "fast"}):
         library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=flags)
     return library
@@ -195,7 +196,8 @@ def _lanes_innermost(lanes: int) -> Iterator[None]:
 _warned = False
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler; if not, a warning says so once."""
     global _warned
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -214,9 +216,9 @@ def _has_compiler() -> bool:
     return True
 
 
-_EXP_SERIES = (0.50000001201, -0.16666665459, 4.1665795894e-2, -8.3334519073e-3, 1.3981999507e-3, -1.9875691500e-4)
+EXP_SERIES = (0.50000001201, -0.16666665459, 4.1665795894e-2, -8.3334519073e-3, 1.3981999507e-3, -1.9875691500e-4)
 """(exp(-t) - 1 + t) / t^2 for t in [-log(2) / 2, log(2) / 2], lowest power first; Cephes, expf."""
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 """Their sum is log(2); the first has so few digits that whole multiples of it are exact."""
 
 
@@ -228,9 +230,9 @@ def _sigmoid(x: Tensor) -> Any:
         return NotImplemented
     x = x.clamp(-88.0, 87.0)
     whole = torch.round(x * (-1 / math.log(2)))
-    t = x + whole * _LN2_HIGH + whole * _LN2_LOW
-    series = t * _EXP_SERIES[-1] + _EXP_SERIES[-2]
-    for coefficient in reversed(_EXP_SERIES[:-2]):
+    t = x + whole * LN2_HIGH + whole * LN2_LOW
+    series = t * EXP_SERIES[-1] + EXP_SERIES[-2]
+    for coefficient in reversed(EXP_SERIES[:-2]):
         series = series * t + coefficient
     power_of_two = ((whole.to(torch.int32) + 127) << 23).view(torch.float32)
     return 1 / (1 + (series * (t * t) - t + 1) * power_of_two)

@@ -11,6 +11,7 @@ streams are not shifted copies of each other.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Mapping
@@ -28,9 +29,9 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-_MULTIPLY_1 = _signed(0x7FEB352D)
-_MULTIPLY_2 = _signed(0x846CA68B)
-_MULTIPLY_3 = _signed(0x9E3779B9)
+MULTIPLY_1 = _signed(0x7FEB352D)
+MULTIPLY_2 = _signed(0x846CA68B)
+MULTIPLY_3 = _signed(0x9E3779B9)
 """2^32 over the golden ratio: the pairs of last words that it makes with the second multiplier fill the square."""
 
 
@@ -40,7 +41,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _first_round(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 16)) * _MULTIPLY_1
+    x = (x ^ _shift_right(x, 16)) * MULTIPLY_1
     return x ^ _shift_right(x, 15)
 
 
@@ -51,7 +52,7 @@ def _finished(x: Tensor, multiplier: int) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit words in which every input bit moves every output bit. int32 in, int32 out, any shape."""
-    return _finished(_first_round(x), _MULTIPLY_2)
+    return _finished(_first_round(x), MULTIPLY_2)
 
 
 def seed_key(seed: int, purpose: str) -> tuple[int, int]:
@@ -76,6 +77,7 @@ def torch_seed(seed: int, purpose: str) -> int:
     return (high & 0xFFFFFFFF) << 32 | low & 0xFFFFFFFF
 
 
+@functools.lru_cache(maxsize=4096)
 def label_words(scope: str, name: str) -> tuple[int, int]:
     """Two 32-bit words for a name within a scope, as signed ints."""
     label = f"{scope}/{name}".encode()
@@ -117,7 +119,7 @@ class Noise:
 
     def uniform(self, name: str, element: Tensor) -> Tensor:
         """Uniform on the open interval (0, 1), float32, the shape of ``element`` (int32). 23 bits of resolution."""
-        return _to_unit(_finished(_scrambled(element, self._stamps(name)), _MULTIPLY_2))
+        return _to_unit(_finished(_scrambled(element, self._stamps(name)), MULTIPLY_2))
 
     def normal(self, name: str, element: Tensor) -> Tensor:
         """Standard normal by Box and Muller (1958), float32, the shape of ``element`` (int32); ``|z| < 5.8``.
@@ -125,7 +127,7 @@ class Noise:
         Logarithm and cosine are polynomials; a number is within 1e-5 of what exact ones would give.
         """
         # Elements at the same place of two neighbouring blocks share a radius, and lie at right angles on it.
-        pair = ((element >> (_BLOCK_BITS + 1)) << _BLOCK_BITS) | (element & (_BLOCK - 1))
+        pair = ((element >> (_BLOCK_BITS + 1)) << _BLOCK_BITS) | (element & (BLOCK - 1))
         second = (element >> _BLOCK_BITS) & 1
         radius, angle = _polar(pair, self._stamps(name))
         return radius * _cosine(angle - (second << 30))
@@ -133,15 +135,15 @@ class Noise:
     def normal_like(self, name: str, like: Tensor) -> Tensor:
         """:meth:`normal` for every element of a tensor, its shape: the same numbers, a radius for every two."""
         count = like.numel()
-        if count < 2 * _BLOCK:
+        if count < 2 * BLOCK:
             return self.normal(name, elements(like))
-        blocks = (count + 2 * _BLOCK - 1) // (2 * _BLOCK)
+        blocks = (count + 2 * BLOCK - 1) // (2 * BLOCK)
         # A sum, because a compiled loop makes the running numbers of a vector one by one, and of a float, because it
         # loads integers by a detour: both cost a tenth of a number and more.
-        place = once(torch.arange(_BLOCK, dtype=torch.float32, device=like.device)).to(torch.int32)
-        pair = torch.arange(blocks, dtype=torch.int32, device=like.device).unsqueeze(1) * _BLOCK + place
+        place = once(torch.arange(BLOCK, dtype=torch.float32, device=like.device)).to(torch.int32)
+        pair = torch.arange(blocks, dtype=torch.int32, device=like.device).unsqueeze(1) * BLOCK + place
         stamps = self._stamps(name)
-        parts = [pair] if self.chunk is None else pair.split(max(1, self.chunk // (2 * _BLOCK)))
+        parts = [pair] if self.chunk is None else pair.split(max(1, self.chunk // (2 * BLOCK)))
         drawn = [_both(part, stamps) for part in parts]
         return (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).reshape(-1)[:count].view(like.shape)
 
@@ -152,24 +154,24 @@ def _scrambled(element: Tensor, stamps: tuple[Tensor, Tensor]) -> Tensor:
 
 
 _BLOCK_BITS = 6
-_BLOCK = 1 << _BLOCK_BITS
+BLOCK = 1 << _BLOCK_BITS
 
 
 def _polar(pair: Tensor, stamps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Radius, float32, and angle, int32 in 2^-32 of a turn, of pairs of normal numbers."""
     word = _scrambled(pair, stamps)
-    return torch.sqrt(_minus_twice_log(_to_unit(_finished(word, _MULTIPLY_2)))), _finished(word, _MULTIPLY_3)
+    return torch.sqrt(_minus_twice_log(_to_unit(_finished(word, MULTIPLY_2)))), _finished(word, MULTIPLY_3)
 
 
 def _both(pair: Tensor, stamps: tuple[Tensor, Tensor]) -> Tensor:
-    """Both normal numbers of every pair, [blocks, 2, _BLOCK] of [blocks, _BLOCK]."""
+    """Both normal numbers of every pair, [blocks, 2, BLOCK] of [blocks, BLOCK]."""
     radius, angle = _polar(pair, stamps)
     return torch.stack((radius * _cosine(angle), radius * _cosine(angle - (1 << 30))), 1)
 
 
 def _cosine(angle: Tensor) -> Tensor:
     turns = angle.to(torch.float32) * 2.0**-32
-    return _series(turns * turns, _COS_SERIES)
+    return _series(turns * turns, COS_SERIES)
 
 
 def _to_unit(word: Tensor) -> Tensor:
@@ -185,13 +187,13 @@ def once(small: Tensor) -> Tensor:
 
 # Minimax polynomials (Lawson's iteration on 4,000 Chebyshev nodes) for what a library computes to the last bit and a
 # compiled loop therefore calls instead of inlining it: together a third of the time of a normal number.
-_LOG_SERIES = (-2.0000240802764893, 0.99971163272857666, -0.66456061601638794, 0.50928688049316406,
+LOG_SERIES = (-2.0000240802764893, 0.99971163272857666, -0.66456061601638794, 0.50928688049316406,
                -0.44629266858100891, 0.2867480218410492)  # fmt: skip
 """-2 log(1 + f) / f for f in [sqrt(1/2) - 1, sqrt(2) - 1], lowest power first; the logarithm is within 1.7e-6."""
-_COS_SERIES = (-0.9999992251396179, 19.738983154296875, -64.92872619628906, 85.27239990234375, -58.794036865234375,
+COS_SERIES = (-0.9999992251396179, 19.738983154296875, -64.92872619628906, 85.27239990234375, -58.794036865234375,
                21.076778411865234)  # fmt: skip
 """-cos(2 pi t), as good as the cosine, in powers of t^2 for t in [-1/2, 1/2], lowest power first; within 8e-7."""
-_ROOT_HALF = 0x3F3504F3
+ROOT_HALF = 0x3F3504F3
 """The bits of sqrt(1/2)."""
 
 
@@ -204,9 +206,9 @@ def _series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 def _minus_twice_log(x: Tensor) -> Tensor:
     """-2 log(x) of positive, normal float32: x = 2^e (1 + f), the exponent taken from the bits."""
-    bits = x.view(torch.int32) - _ROOT_HALF
-    f = ((bits & 0x7FFFFF) + _ROOT_HALF).view(torch.float32) - 1.0
-    return f * _series(f, _LOG_SERIES) + (bits >> 23).to(torch.float32) * (-2 * math.log(2))
+    bits = x.view(torch.int32) - ROOT_HALF
+    f = ((bits & 0x7FFFFF) + ROOT_HALF).view(torch.float32) - 1.0
+    return f * _series(f, LOG_SERIES) + (bits >> 23).to(torch.float32) * (-2 * math.log(2))
 
 
 def elements(like: Tensor) -> Tensor:

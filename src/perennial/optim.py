@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from perennial import upgd_native
 from perennial.methods import REGISTRY, Context, Rule
 from perennial.methods.base import State, Tensors
 from perennial.native import NativeRule, key_of, labels_of, native_rule
-from perennial.noise import Noise, seed_key
+from perennial.noise import Noise, label_words, seed_key
 from perennial.units import UnitMap
 from perennial.units import along as _along
 
@@ -347,11 +348,12 @@ class RuleOptimizer(Optimizer):
 
         What is done here for every parameter is kept short: a small one is stepped in some twenty microseconds.
         """
+        every = [p for part in parts for p in part.params.values()]
+        if all(upgd_native.makes(self.rule, part.group) for part in parts) and upgd_native.takes(every):
+            return self._run_upgd(parts)
         jobs: list[_Job] = []
         for part in parts:
             group, (key, step) = part.group, self._noise(part)
-            kind = self._record(part)
-            fields_of_state = kind._fields if kind is not None else ()
             made: dict[torch.dtype, tuple[NativeRule, list[Tensor]]] = {}
             for name, p in part.params.items():
                 if p.dtype not in made:
@@ -368,31 +370,56 @@ class RuleOptimizer(Optimizer):
                         return self._run(parts)
                     made[p.dtype] = found, found.given_numbers(group, p.device)
                 native, numbers = made[p.dtype]
-                tensors = self._matrices_of(p, fields_of_state)
-                assert p.grad is not None
-                grad = _matrix(p.grad if p.grad.dtype == p.dtype else p.grad.to(p.dtype))
-                given = [grad, *numbers, key, labels_of(self.rule.name, name, p.device), step]
-                jobs.append(_Job(p, native, tensors, given))
+                given = [_gradient_matrix(p), *numbers, key, labels_of(self.rule.name, name, p.device), step]
+                jobs.append(_Job(p, native, self._matrices_of(p, part).tensors, given))
         most = self._surveyed(jobs)
         for p, native, tensors, given in jobs:
             assert native.step is not None
             native.step([*tensors, *given, most[native]])
-            if tensors[0].data_ptr() != p.data_ptr():  # not contiguous: the matrix is a copy
-                p.copy_(tensors[0].view(p.shape))
+            _put_back(tensors[0], p)
         torch._foreach_add_([self.state[p]["step"] for p, *_ in jobs], 1)
 
-    def _matrices_of(self, p: Tensor, fields: Sequence[str]) -> list[Tensor]:
+    def _run_upgd(self, parts: Sequence[_Part]) -> None:
+        found: list[upgd_native.Parameter] = []
+        copies: list[tuple[Tensor, Tensor]] = []
+        held = []  # gradients that are copies, until the step is made
+        for place, part in enumerate(parts):
+            for name, p in part.params.items():
+                known = self._matrices_of(p, part)
+                if known.native is None:
+                    known.native = upgd_native.parameter_of(known.tensors, label_words(self.rule.name, name))
+                grad = p.grad
+                assert grad is not None
+                if grad.dtype != p.dtype or not grad.is_contiguous():
+                    grad = _gradient_matrix(p)
+                    held.append(grad)
+                known.native.gradients = grad.data_ptr()
+                known.native.group = place
+                found.append(known.native)
+                if known.tensors[0].data_ptr() != known.data_ptr:
+                    copies.append((known.tensors[0], p))
+        groups = [upgd_native.group_of(part.group, part.made) for part in parts]
+        upgd_native.step(found, groups, known.tensors[0].dtype, torch.get_num_threads())
+        for matrix, p in copies:
+            _put_back(matrix, p)
+        for part in parts:
+            for p in part.params.values():
+                self.state[p]["step"].add_(1)
+
+    def _matrices_of(self, p: Tensor, part: _Part) -> _Matrices:
         """A parameter and its state as a native function takes them; remembered until one of them is another."""
-        own = self._own(p)
+        own, kind = self._own(p), self._record(part)
+        fields = kind._fields if kind is not None else ()
         entries = [own[field] for field in fields if field in own]
         known = self._matrices.get(p)
         if known is not None and known.of(p, entries):
-            return known.tensors
+            return known
         leaves = [leaf for entry in entries for leaf in pytree.tree_leaves(entry)]
         tensors = [_matrix(p), *(t if t.shape != p.shape else _matrix(t) for t in leaves)]
+        found = _Matrices(p.data_ptr(), p.shape, entries, tensors)
         if all(m.data_ptr() == t.data_ptr() for m, t in zip(tensors, (p, *leaves), strict=True)):  # not copies
-            self._matrices[p] = _Matrices(p.data_ptr(), p.shape, entries, tensors)
-        return tensors
+            self._matrices[p] = found
+        return found
 
     def _surveyed(self, jobs: Sequence[_Job]) -> dict[NativeRule, Tensor]:
         """What every native function needs to know of all parameters, in the order of its ``shared``."""
@@ -473,13 +500,16 @@ class _Job(NamedTuple):
     given: list[Tensor]
 
 
-class _Matrices(NamedTuple):
+@dataclasses.dataclass
+class _Matrices:
     """Views of a parameter and its state, and of what."""
 
     data_ptr: int
     shape: torch.Size
     entries: list[Any]
     tensors: list[Tensor]
+    native: upgd_native.Parameter | None = None
+    """The same for :mod:`perennial.upgd_native`."""
 
     def of(self, p: Tensor, entries: Sequence[Any]) -> bool:
         """Whether these are still the views of them."""
@@ -515,6 +545,18 @@ def _matrix(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2 and tensor.is_contiguous():
         return tensor.detach()
     return tensor.detach().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1).contiguous()
+
+
+def _gradient_matrix(p: Tensor) -> Tensor:
+    """A parameter's gradient as a native function takes it."""
+    assert p.grad is not None
+    return _matrix(p.grad if p.grad.dtype == p.dtype else p.grad.to(p.dtype))
+
+
+def _put_back(matrix: Tensor, p: Tensor) -> None:
+    """What a native function wrote, if the parameter is not contiguous: the matrix is a copy."""
+    if matrix.data_ptr() != p.data_ptr():
+        p.copy_(matrix.view(p.shape))
 
 
 @functools.cache
