@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import polars
 import pytest
@@ -18,7 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 from perennial.cli import app
-from perennial.runs import RunError, execute
+from perennial.runs import RunError, execute, plan
 from perennial.runs.directory import JobFolder
 from perennial.runs.plan import lanes_per_program, make_plan, programs
 from perennial.storage import write
@@ -201,6 +202,29 @@ def test_large_networks_run_one_at_a_time() -> None:
     part = load("permuted-digits", {"network.hidden": [2000, 2000]}).parts["main"]
     variant = variants_of(part, "main", "")[0]
     assert lanes_per_program(variant, stream_of(part, "main"), 10, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize(("seconds", "widths", "best"), [
+    ({1: 2e-3, 8: 1e-3}, [1], 1),  # so long that what lanes could save together does not count
+    ({1: 3e-4, 8: 6e-4, 20: 1e-4}, [1, 8], 1),
+    ({1: 3e-4, 8: 2e-4, 20: 1e-4}, [1, 8, 20], 20),
+])  # fmt: skip
+def test_no_more_lanes_are_tried_than_can_pay(
+    seconds: dict[int, float], widths: list[int], best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = load("permuted-digits", {"network.hidden": [300, 300]}).parts["main"]
+    variant = variants_of(part, "main", "")[0]
+    tried = []
+
+    def timed(variant: Any, stream: Any, width: int) -> float:
+        tried.append(width)
+        return seconds[width]
+
+    monkeypatch.setenv("PERENNIAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(plan, "_seconds_per_lane_step", timed)
+    for _ in range(2):  # the second time it is remembered
+        assert lanes_per_program(variant, stream_of(part, "main"), 20, torch.device("cpu")) == best
+    assert tried == widths
 
 
 @pytest.mark.parametrize(

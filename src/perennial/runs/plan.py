@@ -32,6 +32,10 @@ A few larger ones side by side, of 784-300-150-10 for one, take far longer than 
 _LARGE = 1 << 23
 """Bytes of one lane's state from which lanes run one at a time without measuring: one alone fills the caches."""
 
+_LONG = 1e-3
+"""Seconds of one lane's step on a processor from which no others are tried beside it. What lanes save together is
+overhead, some tens of microseconds; and beside each other convolutions are compiled for minutes, to be slower."""
+
 _LOST = 1.5
 """How much longer a lane's step takes than in fewer lanes where still more lanes are not tried: thirty convolutional
 lanes side by side would be compiled for minutes to find out what eight have shown."""
@@ -124,7 +128,7 @@ def lanes_per_program(variant: Variant, stream: Any, most: int, device: torch.de
         times: dict[int, float] = {}
         for width in candidates:
             times[width] = _seconds_per_lane_step(variant, stream, width)
-            if times[width] > _LOST * min(times.values()):
+            if times[width] > _LOST * min(times.values()) or (device.type == "cpu" and times[1] >= _LONG):
                 break
         remembered[known_as] = min(times, key=lambda width: times[width])
         write_json(shelf, remembered)
