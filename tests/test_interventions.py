@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 from perennial.methods import (
     DASH,
     FIRE,
+    REGISTRY,
     SET,
     Context,
+    ContinualBackprop,
     HareAndTortoise,
     Intervention,
     L1Init,
@@ -27,9 +29,12 @@ from perennial.methods import (
     NormalizeAndProject,
     Outcome,
     Parseval,
+    ReDo,
+    ReGraMa,
     Regulariser,
     ResetLayers,
     RigL,
+    SelfNormalizedResets,
     ShrinkAndPerturb,
     SpectralRegularisation,
     WassersteinInit,
@@ -697,6 +702,12 @@ ALL = [
     RigL(0.4, until=500),
 ]
 every_one = pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+
+
+def test_no_intervention_is_forgotten_here() -> None:
+    """But for those that replace units by a score, which test_replace.py tests together."""
+    by_score = {ContinualBackprop, ReDo, ReGraMa, SelfNormalizedResets}
+    assert {type(m) for m in ALL} | by_score == {m for m in REGISTRY if issubclass(m, Intervention)}
 
 
 @pytest.mark.parametrize("method", EVENTS, ids=lambda m: m.name)

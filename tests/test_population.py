@@ -924,6 +924,37 @@ def test_what_begin_returns_is_looked_at(wrong: str, message: str) -> None:
         populate([Lane(0, SGD(), (Doubling(wrong),))])
 
 
+@dataclass(frozen=True)
+class Halving(Doubling):
+    """Halves every weight after every step, or gives back what it must not."""
+
+    name = "halving"
+
+    def begin(self, params: Any, state: tuple[()], context: Any) -> Any:
+        return {}, state
+
+    def due(self, steps_made: int, task_ended: bool) -> bool:
+        return True
+
+    def event(self, params: Any, state: tuple[()], context: Any) -> Any:
+        if self.wrong == "shape":
+            return Outcome({name: w.flatten() for name, w in params.items() if w.dim() == 2}, state)
+        return ({name: w / 2 for name, w in params.items()}, state)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ("shape", r"halving.event makes 0.weight \(\d+,\); it is \(\d+, \d+\)"),
+    ("pair", r"halving.event returned tuple; it returns an Outcome"),
+])  # fmt: skip
+def test_what_event_returns_is_looked_at(wrong: str, message: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(Halving(wrong), model, optimizer, example=torch.randn(8, 3))
+    model(torch.randn(8, 3)).sum().backward()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
 def test_a_stream_that_says_it_holds_out_and_does_not_is_refused() -> None:
     class Careless(Table):
         holds_out = True

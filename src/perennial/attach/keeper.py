@@ -273,7 +273,7 @@ class Keeper:
 
     def _event(self) -> None:
         context = self._context({}, {})._replace(grads={})  # as in a population: what it goes by is in its state
-        outcome = self.method.event(self._params, self.state, context)
+        outcome = self.method.happened(self._params, self.state, context)
         self.state = outcome.state
         self._write(outcome.changed)
         if outcome.replaced:

@@ -258,13 +258,10 @@ class Intervention(Method):
             raise ValueError(
                 f"{self.name}.begin returned {type(made).__name__}; it returns (changed parameters, state)"
             )
-        for name, value in made[0].items():
+        for name in made[0]:
             if name not in params:
                 raise ValueError(f"{self.name}.begin changes {name!r}, which is no parameter: {', '.join(params)}")
-            if value.shape != params[name].shape:
-                raise ValueError(
-                    f"{self.name}.begin makes {name} {tuple(value.shape)}; it is {tuple(params[name].shape)}"
-                )
+        self._look_at(made[0], params, "begin")
         return made
 
     def step(self, params: Tensors, state: State, context: Context) -> tuple[dict[str, Tensor], State]:
@@ -300,6 +297,25 @@ class Intervention(Method):
     def event(self, params: Tensors, state: State, context: Context) -> Outcome:
         """The rare part; see :meth:`due`."""
         return Outcome({}, state)
+
+    def happened(self, params: Tensors, state: State, context: Context) -> Outcome:
+        """What :meth:`event` returns, looked at.
+
+        Raises:
+            ValueError: it is no :class:`Outcome`, or gives a parameter another shape.
+        """
+        outcome = self.event(params, state, context)
+        if not isinstance(outcome, Outcome):
+            raise ValueError(f"{self.name}.event returned {type(outcome).__name__}; it returns an Outcome")
+        self._look_at(outcome.changed, params, "event")
+        return outcome
+
+    def _look_at(self, changed: Tensors, params: Tensors, where: str) -> None:
+        for name, value in changed.items():
+            if name in params and value.shape != params[name].shape:
+                raise ValueError(
+                    f"{self.name}.{where} makes {name} {tuple(value.shape)}; it is {tuple(params[name].shape)}"
+                )
 
 
 class Regulariser(Intervention):

@@ -305,7 +305,7 @@ class Population:
             if not due[position - 1]:
                 continue
             context = Context({}, {}, noise.scoped(method.name), self.units)
-            outcome = method.event(params, states[position], context)  # type: ignore[attr-defined]
+            outcome = method.happened(params, states[position], context)  # type: ignore[attr-defined]
             params |= outcome.changed
             states[position] = outcome.state
             if outcome.touched:
