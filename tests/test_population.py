@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -961,3 +962,28 @@ def test_a_stream_that_says_it_holds_out_and_does_not_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"table says that it holds examples out, but its feed, .*, has no held_out"):
         populate([Lane(0, SGD())], Careless())
+
+
+class _Wide(Table):
+    input_shape = (1, SIZES[0] + 1)
+
+
+class _Odd(Table):
+    task = "ranking"
+
+
+class _Flat(Table):
+    def open(self, seeds: Sequence[int], device: torch.device) -> Any:
+        feed = super().open(seeds, device)
+        feed.y = feed.y[:, :, :1]
+        return feed
+
+
+@pytest.mark.parametrize(("stream", "message"), [
+    (_Wide(), rf"table.inputs is {SIZES[0]}, but its input_shape, .*, has {SIZES[0] + 1} numbers"),
+    (_Odd(), "table.task is 'ranking'; it is 'regression' or 'classification'"),
+    (_Flat(), rf"the targets of one step of table are \(1, 1, 1, 1\); by its fields they are \(1, 1, {SIZES[-1]}, 1\)"),
+])  # fmt: skip
+def test_a_stream_that_contradicts_itself_is_refused(stream: Table, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        populate([Lane(0, SGD())], stream).advance(1)

@@ -82,6 +82,7 @@ class Population:
         self.plasticity_every = plasticity_every
         if not lanes:
             raise ValueError("a population needs at least one lane")
+        _check_fields(stream)
         self.stream, self.device, self.dtype = stream, torch.device(device), dtype
         self.threads = threads or torch.get_num_threads()
         self.compiled = compiled
@@ -146,6 +147,18 @@ class Population:
                 f"the network gives {tuple(out.shape[1:])} numbers for an example of {self.stream.name}, which needs "
                 f"({self.stream.outputs},)"
             )
+
+    def _check_examples(self, step: int) -> None:
+        """Whether a step's examples are what the stream says they are."""
+        stream, seeds = self.stream, len({lane.seed for lane in self.lanes})
+        each = (stream.outputs,) if stream.task == "regression" else ()
+        wanted = {"inputs": (1, stream.batch, *stream.input_shape, seeds), "targets": (1, stream.batch, *each, seeds)}
+        for name, tensor in self.feed.examples(step, 1)._asdict().items():
+            if tuple(tensor.shape) != wanted[name]:
+                raise ValueError(
+                    f"the {name} of one step of {stream.name} are {tuple(tensor.shape)}; by its fields they are "
+                    f"{wanted[name]}, [steps, batch, ..., seeds]"
+                )
 
     def _check_groups(self) -> None:
         for layer in self.units:
@@ -439,6 +452,8 @@ class Population:
             self._run_each(start, count)
 
     def _run_each(self, start: int, count: int) -> None:
+        if self._step is None:
+            self._check_examples(start)
         examples = self._batches(start, count)
         if self._step is None:
             self._compile(*self._batches(start, 1)[0])
@@ -703,6 +718,16 @@ def _padded(lanes: Sequence[Lane]) -> list[Lane]:
     """
     missing = -len(lanes) % 8 if len(lanes) > 3 else 0
     return [*lanes, *[lanes[-1]] * missing]
+
+
+def _check_fields(stream: Stream) -> None:
+    if stream.task not in ("regression", "classification"):
+        raise ValueError(f"{stream.name}.task is {stream.task!r}; it is 'regression' or 'classification'")
+    if math.prod(stream.input_shape) != stream.inputs:
+        raise ValueError(
+            f"{stream.name}.inputs is {stream.inputs}, but its input_shape, {stream.input_shape}, has "
+            f"{math.prod(stream.input_shape)} numbers"
+        )
 
 
 @contextlib.contextmanager
