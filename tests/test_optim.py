@@ -472,7 +472,7 @@ def test_a_skipped_step_counts_for_nothing(make: Make) -> None:
 @pytest.mark.parametrize(
     "make", [pytest.param(m, id=n, marks=() if n == "SGD" else pytest.mark.slow) for n, m in OURS.items()]
 )
-def test_compiled_is_the_same_step(make: Make) -> None:
+def test_compiled_is_the_same_step(make: Make, request: pytest.FixtureRequest) -> None:
     plain, native = network(), network()
     one, two = make(plain.named_parameters()), make(native.named_parameters(), compiled=True)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (one, two)]
@@ -481,7 +481,9 @@ def test_compiled_is_the_same_step(make: Make) -> None:
         train(native, two, [step])
         for scheduler in schedulers:
             scheduler.step()
-    torch.testing.assert_close(flat(native), flat(plain), rtol=1e-8, atol=1e-10)
+    # Normal numbers are float32, of which a compiler rounds a sum of products once; a step adds a thousandth of one.
+    noisy = request.node.callspec.id in NOISY
+    torch.testing.assert_close(flat(native), flat(plain), rtol=1e-8, atol=1e-9 if noisy else 1e-10)
     same_state(two.state_dict()["state"].keys(), one.state_dict()["state"].keys())
 
 
