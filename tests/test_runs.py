@@ -84,6 +84,46 @@ def test_a_run_end_to_end(study: Path, tmp_path: Path) -> None:
     assert "--no-resume" in output
 
 
+def processes_under(parent: int) -> list[int]:
+    """The processes that one has started, and what these have started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [pid for child in map(int, children) for pid in (child, *processes_under(child))]
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_when_the_command_is_killed(kill: signal.Signals, study: Path, tmp_path: Path) -> None:
+    """Not even work that was handed out already: a pool gives a worker its next job before it asks."""
+    methods = "".join(f"  {name}: {{rule: {{name: {name}, lr: 0.01}}}}\n" for name in ("adam", "pgd"))
+    study.write_text(SMALL.replace("6000", "30000000").replace("linear}", "mlp}", 1) + methods)
+    out = tmp_path / "run"
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command(study, out, "--save-every", "0.5"), stdout=quiet, stderr=quiet)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("jobs/*/checkpoint-*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert list(out.glob("jobs/*/checkpoint-*.pt"))
+        started = processes_under(process.pid)
+        assert len(started) >= 2  # who passes messages, and a worker
+        process.send_signal(kill)
+        process.wait()
+        deadline = time.monotonic() + 60
+        while any(map(is_there, started)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert [pid for pid in started if is_there(pid)] == []
+    finally:
+        process.kill()
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(study: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"

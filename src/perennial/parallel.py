@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.context import SpawnContext
+from multiprocessing.managers import SyncManager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -24,6 +30,55 @@ class Work(Protocol):
 
 
 J = TypeVar("J")
+
+_LINGER_SECONDS = 10.0
+"""How long messages are still taken after the command was killed, so that no worker stumbles before it notices."""
+
+_jobs_at_work = 0
+
+
+def orphaned() -> bool:
+    """Whether the command that started this process was killed."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
+
+
+@contextlib.contextmanager
+def at_work() -> Iterator[None]:
+    """Around a job in a worker, which lives until it has come out of it."""
+    global _jobs_at_work
+    _jobs_at_work += 1
+    try:
+        yield
+    finally:
+        _jobs_at_work -= 1
+
+
+def pool_of(context: SpawnContext, workers: int) -> ProcessPoolExecutor:
+    """Worker processes that end when the command that started them is killed: they would wait for work forever, or do
+    what is left of it. Those that are at work end when they are done with the job, which looks at :func:`orphaned`."""
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent, initargs=(0.0,))
+
+
+def manager_of(context: SpawnContext) -> SyncManager:
+    """The process that passes messages; it, too, ends some time after the command was killed."""
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with_parent, (_LINGER_SECONDS,))
+    return manager
+
+
+def _end_with_parent(linger: float) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it is called in a process that was started"
+
+    def end() -> None:
+        parent.join()
+        time.sleep(linger)
+        while _jobs_at_work:
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def run_jobs(
@@ -53,9 +108,9 @@ def run_jobs(
     if not left:
         return
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    with manager_of(context) as manager:
         messages, stop = manager.Queue(), manager.Event()
-        pool = ProcessPoolExecutor(min(workers, len(left)), mp_context=context)
+        pool = pool_of(context, min(workers, len(left)))
         running: dict[Future[str | None], J] = {}
         try:
             while left or running:
@@ -82,17 +137,17 @@ def _one(work: Work, job: Any, messages: Any, stop: Any) -> str | None:
     """In a process: one job; what went wrong, in words."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which asks for an end
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
 
     def pulse(step: int) -> None:
-        if parent is not None and not parent.is_alive():  # killed: nobody would know of what is done from here on
+        if orphaned():  # nobody would know of what is done from here on
             raise Stopped
         messages.put((job, step))
         if stop.is_set():
             raise Stopped
 
     try:
-        work(job, pulse=pulse)
+        with at_work():
+            work(job, pulse=pulse)
     except Stopped:
         return None
     except Exception as error:

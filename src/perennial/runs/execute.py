@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 import perennial
+from perennial.parallel import manager_of, pool_of
 from perennial.runs.control import run_control
 from perennial.runs.directory import RESULT_SCHEMA, JobFolder, write_table
 from perennial.runs.job import work
@@ -234,10 +235,10 @@ def _train(
     study: Study, directory: Path, jobs: list[Job], workers: int, options: dict[str, Any], console: Console
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, _progress(console) as progress:
+    with manager_of(context) as manager, _progress(console) as progress:
         messages, stop = manager.Queue(), manager.Event()
         bars = _bars(progress, study, directory, jobs)
-        pool = ProcessPoolExecutor(workers, mp_context=context)
+        pool = pool_of(context, workers)
         running: dict[Future[str | None], str] = {}
         try:
             for job in jobs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from perennial.parallel import at_work, orphaned
 from perennial.population import Population
 from perennial.runs.directory import JobFolder
 from perennial.runs.plan import Job, lanes_of, read_plan
@@ -126,17 +126,18 @@ def work(directory: str, name: str, options: dict[str, Any], messages: Any, stop
     same folder waits for it rather than train the same lanes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    parent = os.getppid()
+    if orphaned():  # work that was handed out before the command was killed
+        return "stopped"
     root = Path(directory)
     job = next(job for job in read_plan(read_json(root / "plan.json")) if job.name == name)
     try:
         (root / "jobs" / name).mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "jobs" / name / ".lock", timeout=60):
+        with at_work(), FileLock(root / "jobs" / name / ".lock", timeout=60):
             run_job(
                 root,
                 job,
                 report=lambda step: messages.put((name, step)),
-                stopping=lambda: bool(stop.is_set()) or os.getppid() != parent,
+                stopping=lambda: orphaned() or bool(stop.is_set()),
                 **options,
             )
     except Stopped:
