@@ -459,7 +459,7 @@ class _Source:
             return {name: h.detach() for name, h in self._diagonal(params).items()}
 
     def _diagonal(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no diagonal")
 
     def _devices(self) -> list[torch.device]:
         return sorted({p.device for p in self.model.parameters() if p.device.type == "cuda"}, key=str)

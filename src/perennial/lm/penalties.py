@@ -70,7 +70,7 @@ class Penalty:
 
     def of(self, pair: Pair) -> Tensor:
         """Of one matrix, before the strength: float32, []."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no penalty of a pair")
 
 
 @dataclass(frozen=True)

@@ -454,10 +454,9 @@ class Population:
     def _run_each(self, start: int, count: int) -> None:
         if self._step is None:
             self._check_examples(start)
-        examples = self._batches(start, count)
-        if self._step is None:
             self._compile(*self._batches(start, 1)[0])
             assert self._step is not None
+        examples = self._batches(start, count)
         collecting = gc.isenabled()
         gc.disable()  # a step makes no cycles, and looking for them costs a tenth of the time
         try:
