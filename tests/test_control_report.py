@@ -24,8 +24,8 @@ LEVELS = {"standard": 100.0, "tuned": 200.0, "l2": 300.0, "continual_backprop": 
 
 
 def made_up(directory: Path, *, until: int = 300_000, diverged: int = -1) -> Control:
-    """A run of the small study: every method has its level, and seed s of it 10 s more; episodes of 1,000 steps."""
-    study = load("nature/slippery-ant-small")
+    """The small study, longer: each method has its level, and seed s of it 10 s more; episodes of 1,000 steps."""
+    study = load("nature/slippery-ant-small", {"steps": 300_000, "seeds": 3, "ground.period": 50_000})
     assert isinstance(study, ControlStudy)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "study.yaml").write_text(as_yaml(study))

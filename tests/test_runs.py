@@ -274,6 +274,8 @@ def test_no_more_lanes_are_tried_than_can_pay(
         (["run", "demo", "--seeds", "0"], "at least one seed"),
         (["run", "demo", "--set", "digits.methods.adam.rule.lr=-1"], "at least 0"),
         (["run", "demo", "--steps", "100"], "longer than the run"),
+        (["run", "demo", "--methods", "adm"], "did you mean 'adam'?"),
+        (["run", "demo", "--methods", ","], "--methods is empty"),
         (["run", "demo", "--device", "tpu"], "one of auto, cpu, cuda"),
         (["run", "demo", "--workers", "0"], "at least 1"),
         (["show", "demoo"], "did you mean 'demo'?"),
@@ -305,6 +307,9 @@ def test_list_and_show() -> None:
     code, output = run_cli("show", "permuted-digits", "--seeds", "3", "--set", "methods.adam.rule.lr=1e-2,1e-3")
     assert code == 0
     assert "seeds: 3" in output
+    code, output = run_cli("show", "demo", "--methods", "adam, backprop")
+    assert code == 0
+    assert "continual_backprop" not in output
     for command_ in ("run", "report", "show", "list"):
         code, output = run_cli(command_, "--help")
         assert code == 0

@@ -154,5 +154,70 @@ def test_mistakes_on_the_command_line(source: str, changes: dict[str, object], w
     assert words in str(caught.value)
 
 
+def built(folder: Path, text: str) -> str:
+    path = folder / "built.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_study_that_builds_on_another(tmp_path: Path) -> None:
+    base = written(tmp_path, GOOD)
+    (tmp_path / "parts").mkdir()
+    first = built(
+        tmp_path, f"title: Mine\nstudy: {base}\nmethods: [keeper]\nset: {{steps: 800, network.hidden: [4]}}\n"
+    )
+    part = load(first).parts["main"]
+    assert (part.steps, part.bin, part.network["hidden"], list(part.methods)) == (800, 100, [4], ["keeper"])
+    assert load(first).title == "Mine"
+    second = tmp_path / "second.yaml"  # on a study that itself builds on another
+    second.write_text(f"study: {first}\nset: {{seeds: 5}}\n")
+    part = load(str(second), {"bin": 200}).parts["main"]
+    assert (part.steps, part.bin, part.seeds, list(part.methods)) == (800, 200, 5, ["keeper"])
+    third = written(tmp_path / "parts", f"parts:\n  one:\n    study: {second}\n    seeds: 1\n")  # and as a part
+    assert load(third).parts["one"].steps == 800
+    assert load(base).parts["main"].steps == 400
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("study: BASE\nsteps: 800", ("line 2", "'steps' is not a key of a study that builds on another", "under set")),
+        ("study: BASE\nset: {stepz: 800}", ("line 2: set.stepz", "did you mean 'steps'?")),
+        ("study: BASE\nset: {steps: 0}", ("line 2: set.steps", "greater than 0")),
+        ("study: BASE\nset: {methods.keeper.rule.lr: -1}", ("line 2: set.methods.keeper.rule.lr", "at least 0")),
+        ("study: BASE\nset: [1]", ("line 2", "it holds settings of")),
+        ("study: BASE\nmethods: [keper]", ("line 2: methods", "did you mean 'keeper'?")),
+        ("study: BASE\nmethods: {keeper: {}}", ("line 2", "a list of names to keep")),
+        ("study: BASE\nmethods: []", ("line 2", "known: backprop, keeper")),
+        ("study: demoo", ("did you mean 'demo'?",)),
+        ("study: SELF", ("a study builds on itself",)),
+        ("parts:\n  one: {study: SELF}", ("a study builds on itself",)),
+        ("parts:\n  one: {study: demo}", ("has parts itself",)),
+        ("parts:\n  one: {study: lm/order1}", ("a study of another kind",)),
+    ],
+)
+def test_mistakes_in_building_on_another(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    base = written(tmp_path, GOOD)
+    text = text.replace("BASE", base).replace("SELF", str(tmp_path / "built.yaml"))
+    with pytest.raises(StudyError) as caught:
+        load(built(tmp_path, text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_only_some_methods() -> None:
+    digits = load("demo").parts["digits"]
+    only = load("demo", methods=["adam"])
+    assert list(only.parts["digits"].methods) == ["adam"]
+    assert only.parts["digits"].methods["adam"] == digits.methods["adam"]
+    both = load("nature/slippery-ant", methods=["l2", "standard"]).control.methods
+    assert list(both) == ["standard", "l2"]  # in the study's order
+    assert list(load("lm/order1", methods=["nlora"]).texts.methods) == ["nlora"]
+    with pytest.raises(StudyError, match="--methods: the study has no method 'adm'; did you mean 'adam'"):
+        load("demo", methods=["adm"])
+    with pytest.raises(StudyError, match="does not compare methods by name"):
+        load("tickets/lenet-mnist", methods=["sgd"])
+
+
 def test_yaml_is_plain() -> None:
     assert yaml.safe_load(as_yaml(load("demo")))["parts"]["digits"]["stream"] == {"name": "permuted_digits"}

@@ -53,7 +53,23 @@ ModelOption = Annotated[
 ]
 
 
-def _study(name: str, seeds: int | None, steps: int | None, settings: list[str] | None, model: str | None) -> Any:
+MethodsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME",
+        help="Only these of the methods that the study compares, by their names in `perennial show`.",
+    ),
+]
+
+
+def _study(
+    name: str,
+    seeds: int | None,
+    steps: int | None,
+    methods: str | None,
+    settings: list[str] | None,
+    model: str | None,
+) -> Any:
     try:
         changes = dict(parse_setting(text) for text in settings or [])
         if seeds is not None:
@@ -62,7 +78,8 @@ def _study(name: str, seeds: int | None, steps: int | None, settings: list[str] 
             changes["steps"] = steps
         if model is not None:
             changes["model"] = model
-        return load(name, changes)
+        chosen = None if methods is None else [part.strip() for part in methods.split(",") if part.strip()]
+        return load(name, changes, chosen)
     except StudyError as error:
         raise _fail(error) from None
 
@@ -72,6 +89,7 @@ def run(
     study: StudyArgument,
     seeds: SeedsOption = None,
     steps: StepsOption = None,
+    methods: MethodsOption = None,
     settings: SetOption = None,
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="The run directory. Default: runs/STUDY.")] = None,
@@ -93,7 +111,7 @@ def run(
     from perennial.cli_report import write_report
     from perennial.runs import RunError, execute
 
-    expanded = _study(study, seeds, steps, settings, model)
+    expanded = _study(study, seeds, steps, methods, settings, model)
     directory = out or Path("runs") / study.replace("/", "-").removesuffix(".yaml")
     try:
         execute(
@@ -153,11 +171,12 @@ def show(
     study: StudyArgument,
     seeds: SeedsOption = None,
     steps: StepsOption = None,
+    methods: MethodsOption = None,
     settings: SetOption = None,
     model: ModelOption = None,
 ) -> None:
     """Print a study with everything spelled out, as YAML that can be saved, changed and run."""
-    sys.stdout.write(as_yaml(_study(study, seeds, steps, settings, model)))
+    sys.stdout.write(as_yaml(_study(study, seeds, steps, methods, settings, model)))
 
 
 @app.command("list")

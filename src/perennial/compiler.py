@@ -267,6 +267,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 
 
 _DECOMPOSITIONS = {
+    torch.ops.aten.sigmoid.default: _sigmoid,
     torch.ops.aten.bmm.default: _bmm,
     torch.ops.aten.mm.default: _mm,
     torch.ops.aten.addmm.default: _addmm,

@@ -36,6 +36,9 @@ from perennial.studies.schema import (
 OtherStudy: TypeAlias = TicketStudy | SupplyStudy | TextStudy | DominantStudy | ArrivingStudy | ControlStudy
 """Studies that are not made of parts."""
 
+_HEAD = ("name", "title", "description", "source")
+"""Keys of every study that are no settings."""
+
 Lines = dict[str, str]
 """Where each dotted key stands: "steps" -> "my-study.yaml, line 4"."""
 
@@ -55,32 +58,29 @@ def shipped() -> dict[str, str]:
     return found
 
 
-def load(source: str, changes: Mapping[str, Any] | None = None) -> Study | OtherStudy:
+def load(
+    source: str, changes: Mapping[str, Any] | None = None, methods: Sequence[str] | None = None
+) -> Study | OtherStudy:
     """A study with everything spelled out and every component checked.
 
     Args:
         source: the name of a study that ships, or the path of a YAML file.
         changes: dotted keys to values (:func:`parse_setting`) that replace the file's.
+        methods: the names of the methods to keep, of those that the study compares; all if left out.
 
     Raises:
         StudyError: names the mistake, where it stands, and the nearest thing that is known.
     """
     lines: Lines = {}
-    tree = _tree(source, lines)
-    for key, kind in _KINDS.items():
-        if key in tree:
-            return _of_kind(kind, source, tree, changes or {}, lines)
-    if "parts" not in tree:
-        top = ("name", "title", "description", "source")
-        part = {k: v for k, v in tree.items() if k not in top}
-        tree = {k: tree[k] for k in top if k in tree} | {"parts": {"main": part}}
-        lines = {k if k in top else f"parts.main.{k}": v for k, v in lines.items()}
-    else:
-        for key, part in tree["parts"].items():
-            tree["parts"][key] = _extended(key, part, lines)
+    tree = _read(source, lines)
+    if methods is not None:
+        _keep(tree, methods, "--methods")
     for dotted, value in (changes or {}).items():
-        _change(tree, dotted, value)
+        _change(tree, dotted, value, f"--set {dotted}", lines)
     tree["name"] = _name(source)
+    kind = _kind_of(tree)
+    if kind is not None:
+        return _of_kind(kind, tree, lines)
     try:
         study = Study.model_validate(tree)
         for key, checked in study.parts.items():
@@ -112,23 +112,15 @@ _KINDS = {
 }
 
 
-def _of_kind(kind: _Kind, source: str, tree: dict[str, Any], changes: Mapping[str, Any], lines: Lines) -> OtherStudy:
-    for dotted, value in changes.items():
-        keys = kind.short.get(dotted, dotted).split(".")
-        if keys[0] not in kind.roots:
-            having = [root for root in kind.roots if isinstance(tree.get(root), dict) and keys[0] in tree[root]]
-            keys.insert(0, (having or kind.roots)[0])
-        at: Any = tree
-        for key in keys[:-1]:
-            at = at.setdefault(key, {})
-            if not isinstance(at, dict):
-                raise StudyError(f"--set {dotted}: {key!r} has no settings of its own")
-        at[keys[-1]] = value
+def _kind_of(tree: Mapping[str, Any]) -> _Kind | None:
+    return next((kind for key, kind in _KINDS.items() if key in tree), None)
+
+
+def _of_kind(kind: _Kind, tree: dict[str, Any], lines: Lines) -> OtherStudy:
     for key in kind.roots:
         root = tree.get(key)
         if kind.model is not SupplyStudy and isinstance(root, dict) and isinstance(root.get("seeds"), int):
             root["seeds"] = list(range(root["seeds"]))
-    tree["name"] = _name(source)
     try:
         study = kind.model.model_validate(tree)
         if isinstance(study, SupplyStudy):
@@ -205,6 +197,80 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return key.strip(), parsed
 
 
+def _read(source: str, lines: Lines, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A study's tree: what it builds on is read, and experiments stand under ``parts`` unless it is of another kind.
+
+    ``above`` are the studies that build on this one.
+    """
+    if source in above:
+        raise StudyError(f"a study builds on itself: {' on '.join([*above, source])}; let one of them stand alone")
+    above = (*above, source)
+    tree = _tree(source, lines)
+    if "study" in tree:
+        return _built(tree, lines, above)
+    if _kind_of(tree) is not None:
+        return tree
+    if "parts" not in tree:
+        part = {k: v for k, v in tree.items() if k not in _HEAD}
+        tree = {k: tree[k] for k in _HEAD if k in tree} | {"parts": {"main": part}}
+        moved = {k if k in _HEAD else f"parts.main.{k}": v for k, v in lines.items()}
+        lines.clear()
+        lines.update(moved)
+    else:
+        for key, part in tree["parts"].items():
+            tree["parts"][key] = _extended(key, part, lines, above)
+    return tree
+
+
+def _built(tree: dict[str, Any], lines: Lines, above: tuple[str, ...]) -> dict[str, Any]:
+    """A whole study that builds on another: ``study: name``, with ``methods`` to keep and settings to ``set``."""
+    known = (*_HEAD, "study", "methods", "set")
+    for key in tree:
+        if key not in known:
+            raise StudyError(
+                f"{lines[key]}: {key!r} is not a key of a study that builds on another; {nearest(key, known)} "
+                "Settings of the other are changed under set."
+            )
+    methods, settings = tree.get("methods"), tree.get("set") or {}
+    if methods is not None and not (isinstance(methods, list) and all(isinstance(name, str) for name in methods)):
+        raise StudyError(f"{lines['methods']}: methods is {methods!r}; here it is a list of names to keep")
+    if not isinstance(settings, dict):
+        raise StudyError(f"{lines['set']}: set is {settings!r}; it holds settings of {tree['study']}, as steps: 1000")
+    inner: Lines = {}
+    base = _read(str(tree["study"]), inner, above)
+    if methods is not None:
+        _keep(base, methods, f"{lines['methods']}: methods")
+    for dotted, value in settings.items():
+        _change(base, str(dotted), value, f"{lines[f'set.{dotted}']}: set.{dotted}", inner)
+    for key in _HEAD:
+        base.pop(key, None)
+        inner.pop(key, None)
+    head = {key: tree[key] for key in _HEAD if key in tree}
+    places = {key: lines[key] for key in head}
+    lines.clear()
+    lines.update(inner | places)
+    return head | base
+
+
+def _keep(tree: dict[str, Any], methods: Sequence[str], asked: str) -> None:
+    """Drop all methods but those named, and parts that have none of them."""
+    kind = _kind_of(tree)
+    roots = tree["parts"] if kind is None else {key: tree.get(key) for key in kind.roots}
+    having = {key: r for key, r in roots.items() if isinstance(r, dict) and isinstance(r.get("methods"), dict)}
+    known = {name for root in having.values() for name in root["methods"]}
+    if not known:
+        raise StudyError(f"{asked}: the study does not compare methods by name, so none can be chosen")
+    if not methods:
+        raise StudyError(f"{asked} is empty; known: {', '.join(sorted(known))}")
+    for name in methods:
+        if name not in known:
+            raise StudyError(f"{asked}: the study has no method {name!r}; {nearest(name, sorted(known))}")
+    for key, root in having.items():
+        root["methods"] = {name: entry for name, entry in root["methods"].items() if name in methods}
+        if kind is None and not root["methods"]:
+            del tree["parts"][key]
+
+
 def _tree(source: str, lines: Lines) -> dict[str, Any]:
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
@@ -244,33 +310,40 @@ def _note(node: yaml.Node, prefix: str, label: str, lines: Lines) -> None:
         _note(value, f"{prefix}{key.value}.", label, lines)
 
 
-def _extended(key: str, part: Any, lines: Lines) -> Any:
+def _extended(key: str, part: Any, lines: Lines, above: tuple[str, ...]) -> Any:
     """A part that builds on another study (``study: name``), with its own keys in place of that study's."""
     if not isinstance(part, dict) or "study" not in part:
         return part
     inner: Lines = {}
-    base = _tree(part["study"], inner)
-    if "parts" in base:
-        raise StudyError(f"parts.{key}.study: {part['study']} has parts itself; name one without")
-    merged = {k: v for k, v in base.items() if k not in ("name", "description", "source")}
+    base = _read(str(part["study"]), inner, above)
+    if list(base.get("parts", ())) != ["main"]:
+        what = "has parts itself" if "parts" in base else "is a study of another kind"
+        raise StudyError(f"parts.{key}.study: {part['study']} {what}; name one with a stream and without parts")
+    merged = dict(base["parts"]["main"])
     for line, place in inner.items():
-        lines.setdefault(f"parts.{key}.{line}", place)
+        if line.startswith("parts.main."):
+            lines.setdefault(f"parts.{key}.{line.removeprefix('parts.main.')}", place)
     for name, value in part.items():
         if name != "study":
             merged[name] = value
     return merged
 
 
-def _change(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def _change(tree: dict[str, Any], dotted: str, value: Any, asked: str, lines: Lines) -> None:
     """Set a dotted key; without ``parts.`` in front it means every part."""
+    kind = _kind_of(tree)
+    if kind is not None:
+        _change_of_kind(kind, tree, dotted, value, asked, lines)
+        return
     keys = dotted.split(".")
     if keys[0] in tree["parts"]:
         keys.insert(0, "parts")
-    roots = [tree] if keys[0] in ("parts", "name", "title", "description", "source") else list(tree["parts"].values())
+    whole = keys[0] in ("parts", *_HEAD)
+    roots = {"": tree} if whole else {f"parts.{key}.": part for key, part in tree["parts"].items()}
     known: set[str] = set()
     missing = keys[0]
     done = False
-    for root in roots:
+    for prefix, root in roots.items():
         at = root
         for depth, key in enumerate(keys[:-1]):
             if isinstance(at, dict) and key in at:
@@ -282,14 +355,30 @@ def _change(tree: dict[str, Any], dotted: str, value: Any) -> None:
             missing = key
             if len(roots) == 1:
                 so_far = ".".join(keys[: depth + 1])
-                raise StudyError(f"--set {dotted}: there is no {so_far!r}; {nearest(key, known)}")
+                raise StudyError(f"{asked}: there is no {so_far!r}; {nearest(key, known)}")
             break
         else:
             if isinstance(at, dict):
                 at[keys[-1]] = value
+                for known_by in range(max(1, len(keys) - 1), len(keys) + 1):  # a component's mistakes are its owner's
+                    lines[prefix + ".".join(keys[:known_by])] = asked
                 done = True
     if not done:
-        raise StudyError(f"--set {dotted}: no part of the study has it; {nearest(missing, known)}")
+        raise StudyError(f"{asked}: no part of the study has it; {nearest(missing, known)}")
+
+
+def _change_of_kind(kind: _Kind, tree: dict[str, Any], dotted: str, value: Any, asked: str, lines: Lines) -> None:
+    keys = kind.short.get(dotted, dotted).split(".")
+    if keys[0] not in (*kind.roots, *_HEAD):
+        having = [root for root in kind.roots if isinstance(tree.get(root), dict) and keys[0] in tree[root]]
+        keys.insert(0, (having or kind.roots)[0])
+    at: Any = tree
+    for key in keys[:-1]:
+        at = at.setdefault(key, {})
+        if not isinstance(at, dict):
+            raise StudyError(f"{asked}: {key!r} has no settings of its own")
+    at[keys[-1]] = value
+    lines[".".join(keys)] = asked
 
 
 def _check(key: str, part: Part) -> None:
