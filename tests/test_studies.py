@@ -25,8 +25,8 @@ methods:
 """
 
 
-def written(folder: Path, text: str) -> str:
-    path = folder / "mine.yaml"
+def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
+    path = folder / name
     path.write_text(text)
     return str(path)
 
@@ -154,26 +154,18 @@ def test_mistakes_on_the_command_line(source: str, changes: dict[str, object], w
     assert words in str(caught.value)
 
 
-def built(folder: Path, text: str) -> str:
-    path = folder / "built.yaml"
-    path.write_text(text)
-    return str(path)
-
-
 def test_a_study_that_builds_on_another(tmp_path: Path) -> None:
     base = written(tmp_path, GOOD)
-    (tmp_path / "parts").mkdir()
-    first = built(
-        tmp_path, f"title: Mine\nstudy: {base}\nmethods: [keeper]\nset: {{steps: 800, network.hidden: [4]}}\n"
-    )
+    text = f"title: Mine\nstudy: {base}\nmethods: [keeper]\nset: {{steps: 800, network.hidden: [4]}}\n"
+    first = written(tmp_path, text, "first.yaml")
     part = load(first).parts["main"]
     assert (part.steps, part.bin, part.network["hidden"], list(part.methods)) == (800, 100, [4], ["keeper"])
     assert load(first).title == "Mine"
-    second = tmp_path / "second.yaml"  # on a study that itself builds on another
-    second.write_text(f"study: {first}\nset: {{seeds: 5}}\n")
-    part = load(str(second), {"bin": 200}).parts["main"]
+    # on a study that itself builds on another
+    second = written(tmp_path, f"study: {first}\nset: {{seeds: 5}}\n", "second.yaml")
+    part = load(second, {"bin": 200}).parts["main"]
     assert (part.steps, part.bin, part.seeds, list(part.methods)) == (800, 200, 5, ["keeper"])
-    third = written(tmp_path / "parts", f"parts:\n  one:\n    study: {second}\n    seeds: 1\n")  # and as a part
+    third = written(tmp_path, f"parts:\n  one:\n    study: {second}\n    seeds: 1\n", "third.yaml")  # and as a part
     assert load(third).parts["one"].steps == 800
     assert load(base).parts["main"].steps == 400
 
@@ -200,7 +192,7 @@ def test_mistakes_in_building_on_another(text: str, words: tuple[str, ...], tmp_
     base = written(tmp_path, GOOD)
     text = text.replace("BASE", base).replace("SELF", str(tmp_path / "built.yaml"))
     with pytest.raises(StudyError) as caught:
-        load(built(tmp_path, text))
+        load(written(tmp_path, text, "built.yaml"))
     for word in words:
         assert word in str(caught.value)
 
