@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from made_up_run import GRIDS, RATE, STEP_SIZE, build
 
 from perennial.report import summary_numbers, summary_table, write_report
@@ -162,6 +163,24 @@ def test_settings_text() -> None:
     assert readable("rule.weight_decay=0.1, interventions.x.weight_decay=1.0").startswith("rule.weight_decay 0.1")
     assert swept("network.hidden=(5, 5), rule.lr=1") == {"network.hidden": "(5, 5)", "rule.lr": 1.0}
     assert readable("network.hidden=(5, 5), rule.lr=1") == "hidden (5, 5), lr 1"
+
+
+@pytest.mark.parametrize(
+    ("batch", "axis", "whole"), [(1, "examples seen", "50,000 examples"), (20, "steps of 20 examples", "50,000 steps")]
+)
+def test_steps_are_called_examples_only_where_they_have_one(tmp_path: Path, batch: int, axis: str, whole: str) -> None:
+    directory = build(tmp_path / "run", parts={"relu": "classification"}, seeds=2)
+    study = yaml.safe_load((directory / "study.yaml").read_text())
+    if batch > 1:
+        study["parts"]["relu"]["stream"]["batch_size"] = batch
+    (directory / "study.yaml").write_text(yaml.safe_dump(study))
+    page = write_report(directory).read_text()
+    assert whole in page
+    assert f"against {axis}" in page
+    assert axis in (directory / "figures" / "relu-learning-curves.svg").read_text()
+    if batch > 1:
+        assert "examples seen" not in page
+        assert "each bin of 10,000 steps" in page
 
 
 def test_positions_on_the_axis() -> None:

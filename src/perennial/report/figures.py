@@ -21,7 +21,7 @@ from perennial.report.looks import Look
 from perennial.report.series import LOSS, measure
 from perennial.report.svg import Drawing, drawing_style, render
 from perennial.report.tables import method_of
-from perennial.report.words import examples, number
+from perennial.report.words import examples, number, so_far
 from perennial.statistics import LEVEL, Floats
 
 WIDE, NARROW = (780, 400), (480, 290)
@@ -49,11 +49,11 @@ def curve_figure(
     frame: pl.DataFrame,
     looks: dict[str, Look],
     wide: bool,
-    axis: str = "examples seen",
+    axis: str | None = None,
     marks: Sequence[float] = (),
     told: str = "",
 ) -> Drawing | None:
-    """One metric against examples seen or other steps, a line with its interval a method. None if there is no number.
+    """One metric against steps, a line with its interval a method. None if there is no number.
 
     Args:
         name: of the drawing.
@@ -62,7 +62,7 @@ def curve_figure(
         frame: rows of one metric of :class:`perennial.report.tables.Tables`'s curves or diagnostics.
         looks: by method key.
         wide: over the whole page, or one of two beside each other.
-        axis: what the steps are.
+        axis: what the steps are; None: as the part counts them.
         marks: steps to draw a vertical line at.
         told: what the heading says that all lines are of.
     """
@@ -71,6 +71,7 @@ def curve_figure(
         return None
     metric = frame.get_column("metric")[0]
     shown = measure(metric)
+    axis = axis or so_far(part)
     with drawing_style(name):
         drawn = canvas(_labels(part), len(lines), WIDE if wide else NARROW)
         axes = drawn.axes

@@ -57,13 +57,20 @@ class Part:
     network: dict[str, Any]
     """Name and settings of the network."""
     steps: int
-    """Examples in the whole run."""
+    """In the whole run."""
     judged_by: str | None
     """The metric that the study says."""
     seeds: tuple[int, ...]
     """One lane of each method and setting for each."""
     methods: tuple[Method, ...]
     """In the study's order."""
+    batch: int = 1
+    """Examples a step."""
+
+    @property
+    def counted(self) -> str:
+        """What steps are counted in: examples where each has one."""
+        return "examples" if self.batch == 1 else "steps"
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,7 @@ def _part(key: str, part: dict[str, Any], alone: bool) -> Part:
         judged_by=part.get("judged_by"),
         seeds=tuple(range(seeds) if isinstance(seeds, int) else seeds),
         methods=tuple(_method(name, method) for name, method in part["methods"].items()),
+        batch=int(part["stream"].get("batch_size", 1)),
     )
 
 

@@ -17,7 +17,7 @@ from perennial.report.series import measure
 from perennial.report.svg import FONTS, Drawing
 from perennial.report.tables import QUANTITIES, TOGETHER, Tables, method_of, tabulate
 from perennial.report.templates import link, template, write_texts
-from perennial.report.words import cost, facts, quantity, readable
+from perennial.report.words import cost, facts, quantity, readable, so_far
 from perennial.statistics import LEVEL, RESAMPLES
 
 SHOWN = 3
@@ -112,7 +112,7 @@ def summary_numbers(directory: Path) -> pl.DataFrame:
     """Every method and setting of every part, best setting first, as the ``-summary.csv`` files have them.
 
     Columns: ``part``, ``method``, ``label``, ``settings``, ``rank`` of the setting within its method (1 is best),
-    ``settings_tried``, ``metric``, ``lanes``, ``diverged`` (lanes), ``steps`` (examples that every method has seen),
+    ``settings_tried``, ``metric``, ``lanes``, ``diverged`` (lanes), ``steps`` (that every method has made),
     ``first_steps`` and ``last_steps`` (length of the first and the last bin); ``first``, ``last``, ``average`` and
     ``loss_of_plasticity``, each with the ends of its interval as ``_low`` and ``_high``, in the metric's unit (shares
     in [0, 1]), null where there is none; ``seconds_per_step`` of one lane, and ``relative_cost`` to plain SGD.
@@ -209,6 +209,8 @@ def _context(
         "slug": chapter.slug,
         "title": part.title,
         "facts": facts(part),
+        "counted": part.counted,
+        "axis": so_far(part),
         "notes": _notes(run, chapter),
         "key": [_key_entry(row, part, look) for row in rows if row["rank"] == 1],
         "curves": _figures(drawings, "curves"),
@@ -273,7 +275,7 @@ def _notes(run: Run, chapter: _Chapter) -> list[str]:
         notes.append(f"No results yet: {', '.join(absent)}.")
     steps = summary.row(0, named=True)["steps"]
     if steps < part.steps and not run.finished:
-        notes.append(f"The table compares the methods over the {steps:,} examples that all of its lanes have seen.")
+        notes.append(f"The table compares the methods over the {steps:,} {part.counted} that all of its lanes have made.")
     lone = summary.filter(pl.col("lanes") == 1).get_column("label").unique(maintain_order=True).to_list()
     if lone:
         who = "Every method" if len(lone) == summary.get_column("label").n_unique() else ", ".join(lone)

@@ -98,7 +98,12 @@ def thing(what: dict[str, Any]) -> str:
 def facts(part: Part) -> list[str]:
     """What a part is, in a few words each."""
     seeds = f"{len(part.seeds)} seed{'' if len(part.seeds) == 1 else 's'}"
-    return [thing(part.stream), thing(part.network), f"{part.steps:,} examples", seeds]
+    return [thing(part.stream), thing(part.network), f"{part.steps:,} {part.counted}", seeds]
+
+
+def so_far(part: Part) -> str:
+    """What the axis of steps is: ``examples seen``, or ``steps of 20 examples``."""
+    return "examples seen" if part.batch == 1 else f"steps of {part.batch} examples"
 
 
 def _value(value: Any) -> str:

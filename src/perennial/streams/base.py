@@ -65,8 +65,8 @@ class Stream:
 
     @property
     def batch(self) -> int:
-        """Examples a step."""
-        return 1
+        """Examples a step: the stream's field ``batch_size``, 1 without one. Reports read that field."""
+        return int(getattr(self, "batch_size", 1))
 
     def task_length(self) -> int:
         """Steps between changes."""

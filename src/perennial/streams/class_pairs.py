@@ -70,10 +70,6 @@ class ClassPairs(Stream):
     def input_shape(self) -> tuple[int, ...]:
         return (3, 32, 32)
 
-    @property
-    def batch(self) -> int:
-        return self.batch_size
-
     def parts(self) -> tuple[Tensor, Tensor]:
         """Training and held-out images, class by class in the order of the files: uint8 [classes, images, 3, 32, 32].
 
