@@ -336,16 +336,6 @@ def test_a_network_that_does_not_fit_is_refused(inputs: int, outputs: int) -> No
         Population(lambda: MLP().build(inputs, outputs), Table(), [sgd(0)], compiled=False)
 
 
-def test_buffers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"buffers \(1\.running_mean"):
-        Population(
-            lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
-            Table(),
-            [Lane(0, SGD())],
-            compiled=False,
-        )
-
-
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed is -1"):
         populate([sgd(-1)])

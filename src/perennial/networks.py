@@ -10,7 +10,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from perennial.modules import CReLU, DeepFourier
+from perennial.modules import CReLU, DeepFourier, OnlineNorm
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -58,6 +58,14 @@ class MLP:
     init: str = "kaiming"
     """``kaiming``: uniform on +-gain * sqrt(3 / fan_in), the output layer with gain 1, zero biases, as in the Nature
     paper's code. ``default``: as torch.nn.Linear."""
+    dropout: float = 0.0
+    """Share of hidden units that a step leaves out, after the activation function."""
+    norm: str = "none"
+    """``online``: :class:`perennial.modules.OnlineNorm` before each activation function; or ``none``."""
+    forward_decay: float | None = None
+    """Of the running statistics of online normalisation; None: 0.999."""
+    backward_decay: float | None = None
+    """Of its accumulated errors; None: 0.99."""
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -66,6 +74,16 @@ class MLP:
             raise ValueError(f"mlp.init is {self.init!r}; it is one of kaiming, default")
         if any(not isinstance(n, int) or n < 1 for n in self.hidden):
             raise ValueError(f"mlp.hidden is {self.hidden!r}; it lists whole numbers of units, each at least 1")
+        if self.norm not in ("none", "online"):
+            raise ValueError(f"mlp.norm is {self.norm!r}; it is one of none, online")
+        for name in ("dropout", "forward_decay", "backward_decay"):
+            value = getattr(self, name)
+            if name != "dropout" and value is not None and self.norm == "none":
+                raise ValueError(
+                    f"mlp.{name} is {value!r}, but mlp.norm is 'none'; leave it out, or set norm to online"
+                )
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ValueError(f"mlp.{name} is {value!r}; it must be at least 0 and below 1")
 
     def build(self, inputs: int, outputs: int) -> nn.Module:
         """The network for flat inputs; parameters drawn from torch's global generator."""
@@ -80,7 +98,16 @@ class MLP:
                 bound = (1.0 if last else _GAINS[self.activation]) * math.sqrt(3 / fan_in)
                 nn.init.uniform_(linear.weight, -bound, bound)
                 nn.init.zeros_(linear.bias)
-            layers += [linear] if last else [linear, ACTIVATIONS[self.activation]()]
+            layers.append(linear)
+            if last:
+                break
+            if self.norm == "online":
+                forward = 0.999 if self.forward_decay is None else self.forward_decay
+                backward = 0.99 if self.backward_decay is None else self.backward_decay
+                layers.append(OnlineNorm(fan_out, forward, backward))
+            layers.append(ACTIVATIONS[self.activation]())
+            if self.dropout:
+                layers.append(nn.Dropout(self.dropout))
         return nn.Sequential(nn.Flatten(), *layers)
 
 

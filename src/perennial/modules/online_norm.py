@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,14 @@ class OnlineNorm(nn.Module):
 
     .. math:: z_t = \gamma\, \frac{y_t}{\sqrt{\overline{y_t^2} + \epsilon}} + \beta
 
-    A forward pass in training mode moves the running statistics, a backward pass the accumulators; so it is neither for
-    ``torch.func`` nor for recomputed activations (checkpointing), which would move them twice. In evaluation mode the
-    running statistics are used and nothing moves. Half-precision inputs are normalised in the precision of the buffers.
-    Its gradient cannot be differentiated again.
+    A forward pass in training mode moves the running statistics, a backward pass the accumulators; so it is not for
+    recomputed activations (checkpointing), which would move them twice. In evaluation mode the running statistics are
+    used and nothing moves. Half-precision inputs are normalised in the precision of the buffers. Its gradient cannot be
+    differentiated again.
+
+    With ``torch.func``, where a backward pass may change nothing, take the gradient by the accumulators too
+    (:attr:`ACCUMULATORS`): what comes back for them is not a gradient but their values after the step. The running
+    statistics must then be copies of the caller's, since they are written into.
 
     Args:
         features: features of the input, which lie along dimension 1.
@@ -53,6 +57,9 @@ class OnlineNorm(nn.Module):
     Raises:
         ValueError: a setting out of its range.
     """
+
+    ACCUMULATORS: ClassVar[tuple[str, ...]] = ("output_error", "mean_error")
+    """The buffers that a backward pass moves."""
 
     weight: nn.Parameter | None
     """[features]: :math:`\\gamma`, starts at 1; None without the affine map."""
@@ -124,7 +131,12 @@ class OnlineNorm(nn.Module):
         flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
         y: Tensor
         if self.training:
-            y = _Normalize.apply(flat, self)  # type: ignore[no-untyped-call]
+            errors = self.output_error, self.mean_error
+            owner = None if any(error.requires_grad for error in errors) else self
+            decays = self.forward_decay, self.backward_decay, self.eps
+            y, mean, var, _ = _Normalize.apply(flat, self.running_mean, self.running_var, *errors, decays, owner)  # type: ignore[no-untyped-call]
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
         else:
             y = (flat - self.running_mean[:, None]) / torch.sqrt(self.running_var + self.eps)[:, None]
         if self.layer_scaling:
@@ -141,34 +153,53 @@ class OnlineNorm(nn.Module):
 
 
 class _Normalize(torch.autograd.Function):
-    """The normalisation of [samples, features, positions] with its control process."""
+    """The normalisation of [samples, features, positions] with its control process, and the statistics after it.
+
+    The gradient by an accumulator is its next value. Where a module owns them, that is written into it.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: OnlineNorm) -> Tensor:
-        decay = module.forward_decay
+    def forward(
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        output_error: Tensor,
+        mean_error: Tensor,
+        decays: tuple[float, float, float],
+        owner: OnlineNorm | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        decay, _, eps = decays
         center = x.mean(2)
         spread = (x - center[:, :, None]).square().mean(2)
-        mean = _before(module.running_mean, (1 - decay) * center, decay)
+        mean = _before(running_mean, (1 - decay) * center, decay)
         gap = center - mean[:-1]
-        var = _before(module.running_var, (1 - decay) * (spread + decay * gap.square()), decay)
-        scale = torch.sqrt(var[:-1] + module.eps)[:, :, None]
-        y = (x - mean[:-1, :, None]) / scale
-        module.running_mean.copy_(mean[-1])
-        module.running_var.copy_(var[-1])
-        ctx.save_for_backward(y, scale)
-        ctx.module = module
-        return y
+        var = _before(running_var, (1 - decay) * (spread + decay * gap.square()), decay)
+        scale = torch.sqrt(var[:-1] + eps)[:, :, None]
+        return (x - mean[:-1, :, None]) / scale, mean[-1], var[-1], scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        *_, output_error, mean_error, ctx.decays, ctx.owner = inputs
+        y, mean, var, scale = output
+        ctx.mark_non_differentiable(mean, var, scale)
+        # A module's own are read when the gradient is taken: another backward pass may have moved them by then.
+        own = () if ctx.owner is not None else (output_error, mean_error)
+        ctx.save_for_backward(y, scale, *own)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        y, scale = ctx.saved_tensors
-        module: OnlineNorm = ctx.module
-        gain = 1 - module.backward_decay
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        y, scale, *own = ctx.saved_tensors
+        owner: OnlineNorm | None = ctx.owner
+        output_error, mean_error = own if owner is None else (owner.output_error, owner.mean_error)
+        _, decay, _ = ctx.decays
+        gain = 1 - decay
         # The first error's own recurrence: it shrinks by how large the output is, and grows by what is parallel to it.
         kept = 1 - gain * y.square().mean(2)
         added = (grad * y).mean(2)
-        error = module.output_error.to(y.dtype)
+        error = output_error.to(y.dtype)
         errors = []
         for factor, term in zip(kept, added, strict=True):
             errors.append(error)
@@ -176,10 +207,11 @@ class _Normalize(torch.autograd.Function):
         if errors:
             grad = grad - gain * torch.stack(errors)[:, :, None] * y
         grad = grad / scale
-        means = _before(module.mean_error, grad.mean(2), module.backward_decay)
-        module.output_error.copy_(error)
-        module.mean_error.copy_(means[-1])
-        return grad - gain * means[:-1, :, None], None
+        means = _before(mean_error, grad.mean(2), decay)
+        if owner is not None:
+            owner.output_error.copy_(error)
+            owner.mean_error.copy_(means[-1])
+        return grad - gain * means[:-1, :, None], None, None, error, means[-1], None, None
 
 
 def _before(start: Tensor, terms: Tensor, decay: float) -> Tensor:

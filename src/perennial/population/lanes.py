@@ -42,6 +42,8 @@ class LaneState(NamedTuple):
 
     params: dict[str, Tensor]
     """Parameters by name."""
+    buffers: dict[str, Tensor]
+    """The network's buffers by name, such as running statistics."""
     methods: tuple[Any, ...]
     """The state of the rule and of each intervention."""
     step: Tensor

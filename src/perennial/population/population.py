@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,9 @@ class Population:
     All lanes must have the same structure: the same classes of methods with the same settings that are not numbers.
     Units on a residual stream are left alone.
 
+    Networks may have buffers (running statistics) and dropout (``nn.Dropout``), whose masks are the lane's own noise.
+    What a lane predicts online is then taken by a second forward pass, without dropout; it learns from the one with it.
+
     Args:
         factory: makes the network, drawing its parameters from torch's global generator.
         stream: what it learns.
@@ -61,8 +65,8 @@ class Population:
             share of the samples estimates that over all.
 
     Raises:
-        ValueError: no lanes, lanes of different structure, a network that does not fit the stream, has buffers or a
-            grouped convolution over hidden units.
+        ValueError: no lanes, lanes of different structure, a network that does not fit the stream, draws
+            random numbers other than for ``nn.Dropout``, or has a grouped convolution over hidden units.
     """
 
     def __init__(
@@ -90,6 +94,11 @@ class Population:
         self.model, initial = self._build(factory, lanes[0].seed)
         example = torch.zeros(2, *stream.input_shape)
         self._check_fit(example)
+        self._accumulators = [
+            f"{name}.{part}".lstrip(".")
+            for name, module in self.model.named_modules()
+            for part in getattr(module, "ACCUMULATORS", ())
+        ]
         self.units = trace(self.model, example, initial=initial).interior()
         self._check_groups()
         self._nonlinearities = observe(self.model, self.units, example).nonlinearities
@@ -129,15 +138,14 @@ class Population:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, "init"))
             model, initial = build_and_record(factory)
-        if list(model.buffers()):
-            names = ", ".join(name for name, _ in model.named_buffers())
-            raise ValueError(f"networks with buffers ({names}) cannot be stacked in lanes yet")
         return model.train(), initial
 
     def _check_fit(self, example: Tensor) -> None:
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.no_grad(), _InLanes(None) as seen:
                 out = self.model(example)
+            self._drops = seen.dropouts > 0
+            self._special = self._drops or bool(list(self.model.buffers()))
         except RuntimeError as error:
             raise ValueError(
                 f"the network does not take the inputs of {self.stream.name}, {tuple(example.shape[1:])}: {error}"
@@ -175,10 +183,11 @@ class Population:
         drawn = {}
         for seed in seeds:
             model, _ = self._build(factory, seed)
-            drawn[seed] = {n: p.detach().to(self.device, self.dtype) for n, p in model.named_parameters()}
+            params = {n: p.detach().to(self.device, self.dtype) for n, p in model.named_parameters()}
+            drawn[seed] = params, {n: self._moved_here(b) for n, b in model.named_buffers()}
 
         def one(lane: Lane) -> LaneState:
-            params = drawn[lane.seed]
+            params, buffers = drawn[lane.seed]
             zero = torch.zeros((), dtype=torch.int32, device=self.device)
             total = zero.to(torch.float64)
             states = [lane.rule.init(params, self.units)]
@@ -188,7 +197,7 @@ class Population:
                 changed, own = method.begun(params, method.init(params, self.units), context)
                 states.append(own)
                 params = params | changed
-            return LaneState(params, tuple(states), zero, zero - 1, zero, total, total, total, total)
+            return LaneState(params, buffers, tuple(states), zero, zero - 1, zero, total, total, total, total)
 
         first = one(self.lanes[0])
         leaves, self._spec = pytree.tree_flatten(first)
@@ -197,6 +206,9 @@ class Population:
             for target, leaf in zip(stacked, pytree.tree_leaves(one(lane)), strict=True):
                 target[..., position] = leaf
         return stacked
+
+    def _moved_here(self, buffer: Tensor) -> Tensor:
+        return buffer.detach().to(self.device, self.dtype if buffer.is_floating_point() else buffer.dtype)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -207,8 +219,18 @@ class Population:
     def _regression(self) -> bool:
         return self.stream.task == "regression"
 
+    def _output(self, params: Tensors, buffers: Tensors, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """What the network gives. It may write into the buffers; dropout goes by the noise, and is none without."""
+        with _InLanes(noise) if self._special else contextlib.nullcontext():
+            return cast(Tensor, functional_call(self.model, {**params, **buffers}, (x,)))
+
     def _forward(
-        self, params: dict[str, Tensor], x: Tensor, moved: dict[str, Tensor] | None = None
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        noise: Noise | None = None,
+        moved: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, and every unit layer's activation [samples, units, ...].
 
@@ -217,16 +239,16 @@ class Population:
         readers = {part.parameter for layer in self.units for part in layer.outgoing}
         added = {reader: moved[first] for reader, first in self._watched.first.items()} if moved else {}
         with _Taps(params, readers, added) as taps:
-            output = functional_call(self.model, params, (x,))
+            output = self._output(params, buffers, x, noise)
         return output, {layer.name: layer.activation(taps.seen[layer.tap]) for layer in self.units}
 
     def _watch(self, x: Tensor) -> None:
         """Find out, for a step's inputs [batch, ...], which readers are given the same tensor and of what shape: the
         gradient by it is the gradient by a unit's activation. One reader stands for all of them."""
-        params = {name: w[..., 0] for name, w in self.state.params.items()}
+        params, buffers = ({name: w[..., 0].clone() for name, w in part.items()} for part in self.state[:2])
         readers = {part.parameter for layer in self.units for part in layer.outgoing}
         with torch.no_grad(), _Taps(params, readers, {}) as taps:
-            functional_call(self.model, params, (x,))
+            self._output(params, buffers, x)
         taken: dict[int, str] = {}
         for reader, given in taps.seen.items():
             taken.setdefault(id(given), reader)
@@ -237,47 +259,55 @@ class Population:
     def _lane_step(self, state: LaneState, numbers: dict[str, Tensor], key: Tensor, x: Tensor, y: Tensor) -> LaneState:
         """One step of one lane: pure. ``vmap`` and the compiler do the rest."""
         rule, *interventions = bind(self.lanes[0].methods, numbers)
+        noise = Noise(key, state.step)
         moved = {name: x.new_zeros(shape) for name, shape in self._watched.shapes.items()}
+        accumulators = {name: state.buffers[name] for name in self._accumulators}
 
         def objective(
-            params: dict[str, Tensor], moved: dict[str, Tensor]
-        ) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Tensor]]]:
+            params: dict[str, Tensor], moved: dict[str, Tensor], accumulators: dict[str, Tensor]
+        ) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]]:
+            buffers = _copied(state.buffers) | accumulators
             if {"activations", "signals"} & self._needs:
-                output, activations = self._forward(params, x, moved)
+                output, activations = self._forward(params, buffers, x, noise, moved)
             else:
-                output, activations = functional_call(self.model, params, (x,)), {}
+                output, activations = self._output(params, buffers, x, noise), {}
             loss = whole = self._loss(output, y)
             for method, own in zip(interventions, state.methods[1:], strict=True):
                 if isinstance(method, Regulariser) and method.coupled:
                     whole = whole + method.rate * method.penalty(params, own, self.units)
-            return whole, (loss, output, activations)
+            return whole, (loss, output, activations, buffers)
 
         curvature: Tensors = {}
         if "curvature" in self._needs:
             from perennial.curvature import hesscale
 
             curvature = hesscale(
-                lambda p: functional_call(self.model, dict(p), (x,)), state.params, lambda out: self._loss(out, y)
+                lambda p: self._output(p, _copied(state.buffers), x, noise),
+                state.params,
+                lambda out: self._loss(out, y),
             ).curvature
-        slopes, (_, (loss, output, activations)) = grad_and_value(objective, argnums=(0, 1), has_aux=True)(
-            state.params, moved
+        slopes, (_, (loss, output, activations, buffers)) = grad_and_value(objective, argnums=(0, 1, 2), has_aux=True)(
+            state.params, moved, accumulators
         )
-        grads, by_input = slopes
+        grads, by_input, accumulated = slopes
+        buffers |= accumulated
+        if self._drops:
+            output = self._output(state.params, _copied(state.buffers), x)
+            loss = self._loss(output, y)
         signals = {}
         if "signals" in self._needs:
             signals = {layer.name: layer.activation(by_input[self._watched.first[layer.tap]]) for layer in self.units}
-        noise = Noise(key, state.step)
         params = dict(state.params)
 
         def seen_by(method: Method) -> Context:
-            at = dict(params)
+            at, those = dict(params), dict(buffers)
 
             def loss_at(changed: Tensors) -> Tensor:
-                return self._loss(functional_call(self.model, at | dict(changed), (x,)), y)
+                return self._loss(self._output(at | dict(changed), _copied(those), x, noise), y)
 
             wanted = loss_at if "loss" in method.needs else None
             scoped = noise.scoped(method.name)
-            return Context(grads, activations, scoped, self.units, signals, wanted, curvature=curvature)
+            return Context(grads, activations, scoped, self.units, signals, wanted, those, curvature=curvature)
 
         changed, rule_state = rule.step(params, state.methods[0], seen_by(rule))
         params |= changed
@@ -285,7 +315,7 @@ class Population:
         replaced = state.replaced
         for method, old in zip(interventions, state.methods[1:], strict=True):
             changed, new = method.step(params, old, seen_by(method))
-            params |= changed
+            _exchange(params, buffers, changed)
             states.append(new)
             fresh = method.replaced(new)  # type: ignore[attr-defined]
             if fresh:
@@ -296,6 +326,7 @@ class Population:
         correct = state.correct if self._regression else state.correct + networks.correct(output, y)
         return LaneState(
             params,
+            buffers,
             (rule_state, *states),
             state.step + 1,
             state.diverged,
@@ -313,20 +344,21 @@ class Population:
         """
         rule, *interventions = bind(self.lanes[0].methods, numbers)
         noise = Noise(key, state.step - 1)
-        params, states, replaced = dict(state.params), list(state.methods), state.replaced
+        params, buffers = dict(state.params), dict(state.buffers)
+        states, replaced = list(state.methods), state.replaced
         for position, method in enumerate(interventions, start=1):
             if not due[position - 1]:
                 continue
-            context = Context({}, {}, noise.scoped(method.name), self.units)
+            context = Context({}, {}, noise.scoped(method.name), self.units, buffers=dict(buffers))
             outcome = method.happened(params, states[position], context)  # type: ignore[attr-defined]
-            params |= outcome.changed
+            _exchange(params, buffers, outcome.changed)
             states[position] = outcome.state
             if outcome.touched:
                 touched = {**outcome.touched, **self.units.renewed(outcome.touched)}
                 states[0] = rule.reset(states[0], touched)  # type: ignore[attr-defined]
             for mask in outcome.replaced.values():
                 replaced = replaced + mask.sum(dtype=torch.int32)
-        return state._replace(params=params, methods=tuple(states), replaced=replaced)
+        return state._replace(params=params, buffers=buffers, methods=tuple(states), replaced=replaced)
 
     def _run_events(self, steps_made: int) -> None:
         """What is due after this many steps, written into the state."""
@@ -442,9 +474,9 @@ class Population:
                 now.copy_(torch.where(gone, old, now))
 
     def _frozen_parts(self, leaves: list[Tensor]) -> list[Tensor]:
-        """What stays as it was once a lane has diverged: parameters, methods' state, units replaced."""
+        """What stays as it was once a lane has diverged: parameters, buffers, methods' state, units replaced."""
         state: LaneState = pytree.tree_unflatten(leaves, self._spec)
-        parts: list[Tensor] = pytree.tree_leaves((state.params, state.methods, state.replaced))
+        parts: list[Tensor] = pytree.tree_leaves((state.params, state.buffers, state.methods, state.replaced))
         return parts
 
     def _run_steps(self, start: int, count: int) -> None:
@@ -484,27 +516,26 @@ class Population:
         """Add the sample plasticity of the step just made; ``before`` is the sum of the losses before it, [lanes]."""
         state = self._sums()
 
-        def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return self._loss(functional_call(self.model, params, (x,)), y)
+        def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return self._loss(self._output(params, _copied(buffers), x), y)
 
+        inputs = (state.params, state.buffers, *example)
         with torch.no_grad():
             if self._keys.shape[-1] == 1:
-                after = loss({n: w[..., 0] for n, w in state.params.items()}, *(t[..., 0] for t in example))[None]
+                after = loss(*pytree.tree_map(lambda t: t[..., 0], inputs))[None]
             else:
-                after = vmap(loss, in_dims=-1)(state.params, *example)
+                after = vmap(loss, in_dims=-1)(state.params, state.buffers, *example)
             state.plasticity.add_(metrics.sample_plasticity(state.loss - before, after.to(torch.float64)))
 
     def _take_held_out(self, step: int) -> None:
         """Add the accuracy on the held-out examples of the task in force at a step, lane by lane: they may be many."""
         state = self._sums()
         inputs, classes = cast(HeldOut, self.feed).held_out(step)
-        self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self.model):
             for number, seed in enumerate(self._lane_seed[: len(self.lanes)].tolist()):
-                params = {name: w[..., number] for name, w in state.params.items()}
-                output = functional_call(self.model, params, (inputs[..., seed].to(self.dtype),))
+                params, buffers = ({name: w[..., number] for name, w in part.items()} for part in state[:2])
+                output = self._output(params, buffers, inputs[..., seed].to(self.dtype))
                 state.held_out[number] += networks.correct(output, classes[..., seed]).to(torch.float64)
-        self.model.train()
 
     @staticmethod
     def _gone_wrong(state: LaneState) -> Tensor:
@@ -565,13 +596,13 @@ class Population:
         if of_activations:
             probe = self.feed.probe(self.steps_made, samples).to(self.dtype)
 
-            def one(params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-                hidden = self._forward(params, x)[1]
+            def one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+                hidden = self._forward(params, buffers, x)[1]
                 return {name: self._of_activations(name, hidden) for name in of_activations}
 
-            with torch.no_grad():
+            with torch.no_grad(), _evaluating(self.model):
                 found |= vmap(one, in_dims=-1)(
-                    self.state.params, probe.index_select(-1, self._lane_seed[: len(self.lanes)])
+                    self.state.params, self.state.buffers, probe.index_select(-1, self._lane_seed[: len(self.lanes)])
                 )
         if set(told) & set(wanted):
             found |= self._told()
@@ -744,6 +775,24 @@ def _no_denormals() -> Iterator[None]:
         torch.set_flush_denormal(had)
 
 
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _copied(buffers: Tensors) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in buffers.items()}
+
+
+def _exchange(params: dict[str, Tensor], buffers: dict[str, Tensor], changed: Tensors) -> None:
+    for name, value in changed.items():
+        (buffers if name in buffers else params)[name] = value
+
+
 class _Watched(NamedTuple):
     """Where the gradient by an activation is taken."""
 
@@ -753,10 +802,76 @@ class _Watched(NamedTuple):
     """The shape of that tensor, by the standing reader's weight."""
 
 
+_UNREPEATABLE = (
+    F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.rrelu, F.gumbel_softmax
+)  # fmt: skip
+
+
+class _InLanes(TorchFunctionMode):
+    """What stands in for functions of torch's that lanes cannot call.
+
+    Dropout goes by the lane's noise, one draw for each call in the order of the pass; without noise there is none.
+    Batch normalisation moves its statistics by arithmetic: torch's own writes into a copy where lanes come last.
+    """
+
+    def __init__(self, noise: Noise | None) -> None:
+        super().__init__()
+        self.noise = noise and noise.scoped("network")
+        self.dropouts = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        if func in _UNREPEATABLE or func is F.instance_norm:
+            given = inspect.signature(func).bind(*args, **kwargs)
+            given.apply_defaults()
+            if func is F.instance_norm and given.arguments["running_mean"] is not None:
+                raise ValueError("lanes cannot keep the running statistics of instance normalisation; leave them out")
+            if func is not F.instance_norm and given.arguments.get("training", True):
+                raise ValueError(
+                    f"the network draws random numbers by {func.__name__}, which lanes could not draw again; of layers "
+                    "that draw, they take nn.Dropout"
+                )
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        self.dropouts += 1
+        if not training or p == 0 or self.noise is None:
+            return input
+        element = torch.arange(input.numel(), dtype=torch.int32, device=input.device).view(input.shape)
+        kept = self.noise.uniform(f"dropout {self.dropouts}", element) >= p
+        return input * kept.to(input.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training or running_mean is None or running_var is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    with torch.no_grad():
+        others = [d for d in range(input.dim()) if d != 1]
+        var, mean = torch.var_mean(input.detach(), others)
+        running_mean.mul_(1 - momentum).add_(momentum * mean)
+        running_var.mul_(1 - momentum).add_(momentum * var)
+    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
 class _Taps(TorchFunctionMode):
     """Keeps what the readers of hidden units were given, and adds to it."""
 
-    def __init__(self, params: dict[str, Tensor], readers: Iterable[str], added: dict[str, Tensor]) -> None:
+    def __init__(self, params: Tensors, readers: Iterable[str], added: dict[str, Tensor]) -> None:
         super().__init__()
         self.wanted = {id(params[reader]): reader for reader in readers}
         self.added = added

@@ -275,7 +275,7 @@ def _notes(run: Run, chapter: _Chapter) -> list[str]:
         notes.append(f"No results yet: {', '.join(absent)}.")
     steps = summary.row(0, named=True)["steps"]
     if steps < part.steps and not run.finished:
-        notes.append(f"The table compares the methods over the {steps:,} {part.counted} that all of its lanes have made.")
+        notes.append(f"The table compares the methods over the {steps:,} {part.counted} that all of its lanes made.")
     lone = summary.filter(pl.col("lanes") == 1).get_column("label").unique(maintain_order=True).to_list()
     if lone:
         who = "Every method" if len(lone) == summary.get_column("label").n_unique() else ", ".join(lone)
