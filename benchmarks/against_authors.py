@@ -45,7 +45,7 @@ class RandomImages(Stream):
     inputs: int = 784  # type: ignore[misc]
     outputs: int = 10  # type: ignore[misc]
     input_shape: tuple[int, ...] = (784,)  # type: ignore[misc]
-    batch: int = 1  # type: ignore[misc]
+    batch_size: int = 1
 
     def open(self, seeds: Sequence[int], device: torch.device) -> RandomFeed:
         return RandomFeed(self, len(seeds))
@@ -143,13 +143,19 @@ def authors_images(width: int) -> Timed:
     return of_calls(lambda: learner.learn(x, y))
 
 
-def authors_upgd() -> Timed:
-    """First-order global UPGD of mohmdelsayed/upgd on 784-300-150-10."""
+def features() -> Population:
+    """One lane on the features of mini-ImageNet."""
+    stream = RandomImages(2048, 100, (2048,))
+    return Population(lambda: MLP(hidden=(300, 150)).build(2048, 100), stream, [Lane(0, UPGD_RULE)])
+
+
+def authors_upgd(inputs: int, outputs: int) -> Timed:
+    """First-order global UPGD of mohmdelsayed/upgd on inputs-300-150-outputs."""
     from core.optim.weight_upgd.first_order import FirstOrderGlobalUPGD
 
-    net = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 150), nn.ReLU(), nn.Linear(150, 10))
+    net = nn.Sequential(nn.Linear(inputs, 300), nn.ReLU(), nn.Linear(300, 150), nn.ReLU(), nn.Linear(150, outputs))
     optimizer = FirstOrderGlobalUPGD(net.named_parameters(), lr=0.01, beta_utility=0.9999, sigma=0.1, weight_decay=0.01)
-    x, y = torch.rand(1, 784), torch.randint(10, (1,))
+    x, y = torch.rand(1, inputs), torch.randint(outputs, (1,))
     return of_calls(_step_of(net, optimizer, x, y))
 
 
@@ -293,7 +299,9 @@ WORK: list[tuple[str, int, float | None, Callable[[], Population | Timed], Calla
      lambda: pictures(ConvNet(), 2, 100, SGD(lr=0.01, momentum=0.9), True), authors_imagenet),
     ("ResNet-18, continual backprop", 2, None, resnet, authors_resnet),
     ("ant, PPO and continual backprop", 1, None, ant, authors_ant),
-    ("UPGD, 784-300-150-10", 1, 8, lambda: images((300, 150), UPGD_RULE, False), authors_upgd),
+    ("UPGD, 784-300-150-10", 1, 8, lambda: images((300, 150), UPGD_RULE, False),
+     lambda: authors_upgd(784, 10)),
+    ("UPGD, 2048-300-150-100", 1, None, features, lambda: authors_upgd(2048, 100)),
     ("UPGD, two convolutions and 400-120-84-10", 1, None,
      lambda: pictures(UPGDConvNet(), 10, 1, PICTURES_RULE, False), authors_upgd_pictures),
 ]  # fmt: skip
