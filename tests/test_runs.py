@@ -271,7 +271,7 @@ def test_no_more_lanes_are_tried_than_can_pay(
     ("arguments", "words"),
     [
         (["run", "demoo"], "did you mean 'demo'?"),
-        (["run", "demo", "--seeds", "0"], "at least one seed"),
+        (["run", "demo", "--seeds", "0"], "--seeds: parts.regression.seeds is 0; a study needs at least one seed"),
         (["run", "demo", "--set", "digits.methods.adam.rule.lr=-1"], "at least 0"),
         (["run", "demo", "--steps", "100"], "longer than the run"),
         (["run", "demo", "--methods", "adm"], "did you mean 'adam'?"),

@@ -43,6 +43,10 @@ Lines = dict[str, str]
 """Where each dotted key stands: "steps" -> "my-study.yaml, line 4"."""
 
 
+_OPTIONS = ("seeds", "steps", "model")
+"""Settings for which the command line has an option of their own."""
+
+
 def shipped() -> dict[str, str]:
     """The studies that ship, by name: their text."""
     found: dict[str, str] = {}
@@ -76,7 +80,8 @@ def load(
     if methods is not None:
         _keep(tree, methods, "--methods")
     for dotted, value in (changes or {}).items():
-        _change(tree, dotted, value, f"--set {dotted}", lines)
+        option = f"--{dotted}" if dotted in _OPTIONS else f"--set {dotted}"
+        _change(tree, dotted, value, option, lines)
     tree["name"] = _name(source)
     kind = _kind_of(tree)
     if kind is not None:
