@@ -219,13 +219,13 @@ def test_everything_diverged_at_once(tmp_path: Path) -> None:
 def test_diverged_setting_in_a_grid(tmp_path: Path) -> None:
     gone = {("upgd", "rule.lr=0.03"): dict.fromkeys(range(4), 15000)}
     run = build(tmp_path, parts={"relu": "regression"}, methods=("backprop", "upgd"), grids=GRIDS, diverge=gone)
-    assert "A cross at the top" in _read(run).text
+    assert "A cross at the edge" in _read(run).text
     table = pl.read_csv(run / "tables/relu-sensitivity.csv")
     assert table["diverged"].to_list() == [0, 0, 4]
     assert table["mean"].null_count() == 1
 
 
-def test_choices_that_are_not_numbers_are_in_the_table(tmp_path: Path) -> None:
+def test_choices_that_are_not_numbers_have_a_row_each(tmp_path: Path) -> None:
     grids = {"backprop": {"rule.momentum": [0.0, 0.9], "rule.lr": [0.01, 0.1]}}
     run = build(tmp_path, parts={"relu": "regression"}, grids=grids)
     for name in ("results", "lanes"):
@@ -233,9 +233,37 @@ def test_choices_that_are_not_numbers_are_in_the_table(tmp_path: Path) -> None:
         none = pl.col("settings").str.replace("momentum=0.0", "momentum=None", literal=True)
         frame.with_columns(settings=none).write_parquet(run / f"{name}.parquet")
     text = _read(run).text
-    assert "Swept, but not a number, and so in the table only: rule.momentum." in text
     assert "momentum None, lr 0.1" in text
-    assert {file.stem for file in (run / "figures").glob("*-by-*")} == {"relu-by-rule-lr"}
+    assert {file.stem for file in (run / "figures").glob("*-by-*")} == {"relu-by-rule-lr", "relu-by-rule-momentum"}
+    table = pl.read_csv(run / "tables/relu-choices.csv")
+    assert table["choice"].to_list() == ["rule.momentum"] * 2
+    best = pl.read_csv(run / "tables/relu-summary.csv").filter(method="backprop").sort("rank")
+    for row in table.iter_rows(named=True):
+        of_it = best.filter(pl.col("settings").str.contains(f"rule.momentum={row['value']}", literal=True))
+        assert (row["settings"], row["mean"]) == (of_it["settings"][0], of_it["average"][0]), (
+            "at the best of the others"
+        )
+    assert table["value"][0] in best["settings"][0], "best first"
+    drawn = (run / "figures/relu-by-rule-momentum.svg").read_text()
+    assert drawn.index(">" + table["value"][0] + "<") < drawn.index(">" + table["value"][1] + "<")
+    assert "By momentum" in drawn
+
+
+def test_a_choice_of_which_every_lane_diverged_is_marked(tmp_path: Path) -> None:
+    grids = {"backprop": {"rule.nesterov": [0.0, 1.0]}}
+    run = build(tmp_path, parts={"relu": "regression"}, grids=grids)
+    for name in ("results", "lanes"):
+        frame = pl.read_parquet(run / f"{name}.parquet")
+        named = pl.col("settings").str.replace("=0.0", "=no", literal=True).str.replace("=1.0", "=yes", literal=True)
+        frame = frame.with_columns(settings=named)
+        if name == "results":
+            gone = pl.col("settings") == "rule.nesterov=yes"
+            frame = frame.with_columns(value=pl.when(gone).then(None).otherwise(pl.col("value")))
+        frame.write_parquet(run / f"{name}.parquet")
+    _read(run)
+    table = pl.read_csv(run / "tables/relu-choices.csv")
+    assert table["mean"].is_null().to_list() == [False, True]
+    assert "choice-0" in (run / "figures/relu-by-rule-nesterov.svg").read_text()
 
 
 def test_study_with_a_number_of_seeds_and_one_part_without_a_title(tmp_path: Path) -> None:

@@ -147,6 +147,64 @@ def sensitivity_figure(
         return render(drawn.figure, name, title, description, drawn.plot_share)
 
 
+def choice_figure(
+    name: str, title: str, part: Part, frame: pl.DataFrame, metric: str, looks: dict[str, Look]
+) -> Drawing | None:
+    """Average performance by what was chosen, a row a choice, best on top. None if there is no number to draw.
+
+    Args:
+        name: of the drawing.
+        title: of the drawing.
+        part: names the methods.
+        frame: rows of one choice of :class:`perennial.report.tables.Tables`'s choices.
+        metric: that performance is measured by.
+        looks: by method key.
+    """
+    known = frame.filter(pl.col("mean").is_not_null())
+    if known.is_empty():
+        return None
+    shown = measure(metric)
+    methods = known.get_column("method").unique(maintain_order=True).to_list()
+    order = frame.get_column("value").unique(maintain_order=True).to_list()
+    left = min(max(_width(text) for text in order) + 24, 0.45 * NARROW[0])
+    height = _TOP + _BOTTOM + len(order) * max(20.0, 12.0 * len(methods))
+    with drawing_style(name):
+        figure = Figure(figsize=(NARROW[0] / 72, height / 72), facecolor="white")
+        inner = (1 - (left + 18) / NARROW[0], (height - _TOP - _BOTTOM) / height)
+        axes = figure.add_axes((left / NARROW[0], _BOTTOM / height, *inner))
+        axes.tick_params(labelsize=LABEL)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x")
+        for at, key in enumerate(methods):
+            mine = known.filter(method=key)
+            rows = np.array([order.index(value) for value in mine.get_column("value")], dtype=float)
+            rows += (at - (len(methods) - 1) / 2) * 0.6 / len(methods)
+            mean, low, high = (mine.get_column(end).cast(pl.Float64).to_numpy() for end in ("mean", "low", "high"))
+            look = looks[key]
+            axes.hlines(rows, low, high, color=look.colour, linewidth=1.6, alpha=0.7)
+            axes.plot(mean, rows, look.marker or "o", color=look.colour, markersize=6.5, gid=f"choice-{at}")
+        gone = frame.filter(pl.col("mean").is_null())
+        for key, value in gone.select("method", "value").iter_rows():
+            place = axes.get_yaxis_transform()
+            axes.plot([0.97], [order.index(value)], "x", color=looks[key].colour, markersize=7, transform=place)
+        axes.set_yticks(range(len(order)), order)
+        axes.set_ylim(len(order) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        if shown.share:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+        axes.set_xlabel(f"average {shown.label.lower()} over the run", labelpad=7, fontsize=LABEL)
+        heading(figure, f"By {frame.get_column('choice')[0].rpartition('.')[2].replace('_', ' ')}")
+        told = "; ".join(
+            f"{method_of(part, key).label}, {value} {_spoken(mean, shown.share)}"
+            for key, value, mean in known.select("method", "value", "mean").iter_rows()
+        )
+        return render(figure, name, title, f"Average {shown.label.lower()} over the run by {title}. {told}.", 1.0)
+
+
+def _width(text: str) -> float:
+    return float(TextPath((0, 0), text, size=LABEL).vertices[:, 0].max()) if text.strip() else 0.0
+
+
 @dataclass(frozen=True)
 class _Line:
     x: Floats
@@ -191,7 +249,7 @@ def canvas(labels: Iterable[str], lines: int, size: tuple[int, int]) -> Canvas:
         size: width and least height in points.
     """
     width, least = size
-    right = min(max(TextPath((0, 0), text, size=LABEL).vertices[:, 0].max() for text in labels) + _GAP + 8, 0.4 * width)
+    right = min(max(map(_width, labels)) + _GAP + 8, 0.4 * width)
     height = max(float(least), _TOP + _BOTTOM + lines * LABEL * 1.4)
     figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
     inner = (width - _LEFT - right) / width, (height - _TOP - _BOTTOM) / height

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 from markupsafe import Markup
 
-from perennial.report.figures import curve_figure, sensitivity_figure
+from perennial.report.figures import choice_figure, curve_figure, sensitivity_figure
 from perennial.report.load import Method, Part, Run, load
 from perennial.report.looks import Look, looks
 from perennial.report.series import measure
@@ -162,6 +162,10 @@ def _drawings(chapter: _Chapter, look: dict[str, Look]) -> dict[str, Drawing]:
         frame = tables.sensitivity.filter(pl.col("number") == swept)
         name = f"{chapter.slug}-by-{_slug(swept)}"
         made[f"by {swept}"] = sensitivity_figure(name, f"{swept}: {part.title}", part, frame, tables.metric, look)
+    for chosen in tables.choices.get_column("choice").unique(maintain_order=True):
+        frame = tables.choices.filter(pl.col("choice") == chosen)
+        name = f"{chapter.slug}-by-{_slug(chosen)}"
+        made[f"by {chosen}"] = choice_figure(name, f"{chosen}: {part.title}", part, frame, tables.metric, look)
     return {key: drawing for key, drawing in made.items() if drawing is not None}
 
 
@@ -194,6 +198,7 @@ def _frames(chapter: _Chapter) -> dict[str, str]:
         "diagnostics": tables.diagnostics,
         "every-setting": tables.settings,
         "sensitivity": tables.sensitivity,
+        "choices": tables.choices,
     }
     return {f"{chapter.slug}-{name}.csv": frame.write_csv() for name, frame in named.items() if not frame.is_empty()}
 
@@ -286,6 +291,4 @@ def _notes(run: Run, chapter: _Chapter) -> list[str]:
     gone = summary.filter((pl.col("diverged") == pl.col("lanes")) & (pl.col("rank") == 1)).get_column("label").to_list()
     if gone:
         notes.append(f"All lanes diverged: {', '.join(gone)}. The curves end where the last of them did.")
-    if chapter.tables.choices:
-        notes.append(f"Swept, but not a number, and so in the table only: {', '.join(chapter.tables.choices)}.")
     return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ _CURVE = {
     "high": pl.Float64,
     "lanes": pl.Int64,
 }
-_SENSITIVITY = {
+_SENSITIVITY: dict[str, Any] = {
     "number": pl.String,
     "method": pl.String,
     "value": pl.Float64,
@@ -35,6 +35,7 @@ _SENSITIVITY = {
     "lanes": pl.Int64,
     "diverged": pl.Int64,
 }
+_CHOICES = {"choice" if name == "number" else name: kind for name, kind in _SENSITIVITY.items()} | {"value": pl.String}
 QUANTITIES = ("first", "last", "average", "loss_of_plasticity")
 """Columns of the summary that are means over lanes, each with ``_low`` and ``_high`` beside it."""
 TOGETHER = 7
@@ -74,8 +75,8 @@ class Tables:
     """The main metric by bin at every setting of the methods that have from two to :data:`TOGETHER` of them."""
     sensitivity: pl.DataFrame
     """Average performance against each swept number, the best choice of the others."""
-    choices: list[str]
-    """What was swept and is not a number; it has no axis to stand on and is in the summary only."""
+    choices: pl.DataFrame
+    """The same for what was swept and is not a number, best first within a method."""
 
 
 def tabulate(run: Run, part: Part) -> Tables:
@@ -95,7 +96,7 @@ def tabulate(run: Run, part: Part) -> Tables:
         diagnostics=_curves({name: series_of(run, part, name) for name in diagnostics(run, part)}, best),
         settings=_curves({metric: found}, together),
         sensitivity=_sensitivity(part, summary, choices),
-        choices=choices,
+        choices=_choices(part, summary, choices),
     )
 
 
@@ -181,24 +182,38 @@ def _points(made: Estimate) -> Iterable[dict[str, Any]]:
 
 
 def _sensitivity(part: Part, summary: pl.DataFrame, choices: list[str]) -> pl.DataFrame:
-    rows: list[dict[str, Any]] = []
+    rows = [row for row in _best_of_each(part, summary, "number") if row["number"] not in choices]
+    # In the order of the axis; methods and numbers stay in theirs.
+    blocks = {key: at for at, key in enumerate(dict.fromkeys((row["method"], row["number"]) for row in rows))}
+    rows = [row | {"value": float(row["value"])} for row in rows]
+    rows.sort(key=lambda row: (blocks[row["method"], row["number"]], row["value"]))
+    return _frame(rows, _SENSITIVITY)
+
+
+def _choices(part: Part, summary: pl.DataFrame, choices: list[str]) -> pl.DataFrame:
+    rows = [row for row in _best_of_each(part, summary, "choice") if row["choice"] in choices]
+    return _frame([row | {"value": _named(row["value"])} for row in rows], _CHOICES)
+
+
+def _best_of_each(part: Part, summary: pl.DataFrame, kind: str) -> Iterator[dict[str, Any]]:
+    """The best setting at each value of everything that a method swept, best value first."""
     for method in part.methods:
         mine = [(row, swept(row["settings"])) for row in summary.filter(method=method.key).iter_rows(named=True)]
-        for number in dict.fromkeys(name for _, numbers in mine for name in numbers if name not in choices):
-            best: dict[float, dict[str, Any]] = {}
-            for row, numbers in mine:  # best first, so the first of each value stays
-                best.setdefault(float(numbers[number]), row)
-            if len(best) < 2:
-                continue
-            for value in sorted(best):
-                row = best[value]
+        for name in dict.fromkeys(name for _, values in mine for name in values):
+            best: dict[float | str, dict[str, Any]] = {}
+            for row, values in mine:  # best first, so the first of each value stays
+                best.setdefault(values[name], row)
+            for value, row in best.items() if len(best) > 1 else ():
                 point = {"mean": row["average"], "low": row["average_low"], "high": row["average_high"]}
-                rows.append(
-                    {"number": number, "method": method.key, "value": value, "settings": row["settings"]}
+                yield (
+                    {kind: name, "method": method.key, "value": value, "settings": row["settings"]}
                     | point
                     | {"lanes": row["lanes"], "diverged": row["diverged"]}
                 )
-    return _frame(rows, _SENSITIVITY)
+
+
+def _named(value: float | str) -> str:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _frame(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
