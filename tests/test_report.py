@@ -165,6 +165,14 @@ def test_settings_text() -> None:
     assert readable("network.hidden=(5, 5), rule.lr=1") == "hidden (5, 5), lr 1"
 
 
+def test_a_stream_that_does_not_say_has_its_usual_batch(tmp_path: Path) -> None:
+    directory = build(tmp_path / "run", parts={"relu": "classification"}, seeds=2)
+    study = yaml.safe_load((directory / "study.yaml").read_text())
+    study["parts"]["relu"]["stream"] = {"name": "class_pairs"}
+    (directory / "study.yaml").write_text(yaml.safe_dump(study))
+    assert load(directory).parts[0].batch == 100
+
+
 @pytest.mark.parametrize(
     ("batch", "axis", "whole"), [(1, "examples seen", "50,000 examples"), (20, "steps of 20 examples", "50,000 steps")]
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
 from references import Table, lane, same
 from torch import Tensor, nn
 
-from perennial import MLP, SGD, ContinualBackprop, Lane, Population, metrics
+from perennial import MLP, SGD, UPGD, ContinualBackprop, Lane, Population, metrics
+from perennial.methods import Context, Intervention, Outcome
+from perennial.methods.base import State, Tensors
 from perennial.modules import OnlineNorm
 from perennial.noise import Noise, elements, seed_key
 
@@ -149,6 +152,22 @@ def test_a_fresh_unit_gets_fresh_running_statistics() -> None:
     assert had > 2
 
 
+def test_a_fresh_unit_behind_online_normalisation_starts_anew() -> None:
+    made = population(online_normed, [Lane(0, SGD(lr=0.05), (ContinualBackprop(0.1, 1),))])
+    assert {part.parameter for part in made.units.layers[0].norms} == {
+        f"1.{name}" for name in ("running_mean", "running_var", "output_error", "mean_error")
+    }
+    replaced = 0
+    for _ in range(40):
+        made.advance(1)
+        state = lane(made, 0)
+        fresh = state.methods[1].replaced["0"]
+        for name, start in (("running_mean", 0), ("running_var", 1), ("output_error", 0), ("mean_error", 0)):
+            assert torch.equal(state.buffers[f"1.{name}"] == start, fresh), name
+        replaced += int(fresh.sum())
+    assert replaced > 2
+
+
 def test_a_diverged_lane_keeps_its_statistics() -> None:
     made = population(batch_normed, [Lane(0, SGD(lr=0.05)), Lane(1, SGD(lr=1e300))])
     made.advance(10)
@@ -170,13 +189,148 @@ def test_compiled_they_do_the_same(network: Callable[[], nn.Module]) -> None:
     same(made[0].state, made[1].state, rtol=2e-4)
 
 
+class _Assigning(nn.Module):
+    """Keeps an average by assignment, which ``functional_call`` does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 2)
+        self.register_buffer("average", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average = 0.9 * self.average + 0.1 * x.mean(0)
+        return self.linear(x)  # type: ignore[no-any-return]
+
+
+class _Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+class _Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = OnlineNorm(5), nn.Linear(6, 5), nn.Linear(5, 5)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.second(self.norm(self.first(x)).relu())).relu())  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
-    "layer", [nn.AlphaDropout(), nn.RReLU(), nn.Dropout1d()], ids=lambda layer: type(layer).__name__
+    "layer", [nn.AlphaDropout(), nn.RReLU(), nn.Dropout1d(), _Noisy()], ids=lambda m: type(m).__name__
 )
 def test_other_random_layers_are_refused(layer: nn.Module) -> None:
     network = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), layer, nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"draws random numbers by .*, which lanes could not draw again"):
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="draws random numbers in its forward pass, which lanes could not draw again"):
         population(lambda: network, [Lane(0, SGD())])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("network", "message"), [
+    (_Assigning, "assigns to its buffer average, of which lanes see nothing"),
+    (_Twice, "norm is used 2 times in a forward pass"),
+    (lambda: nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2, momentum=None)), "1 has momentum=None"),
+])  # fmt: skip
+def test_what_lanes_could_not_follow_is_refused(network: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        population(network, [Lane(0, SGD())])
+
+
+def test_batch_norm_of_single_examples_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        Population(batch_normed, Table(batch=1), [Lane(0, SGD())], compiled=False)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "feature"])
+@EVERY
+def test_losses_of_changed_parameters_leave_statistics_alone(
+    network: Callable[[], nn.Module], granularity: str
+) -> None:
+    """An exact utility asks for the loss many times a step, within a vmap of its own."""
+    lanes = [Lane(seed, UPGD(lr=0.05, order="exact", granularity=granularity, noise_std=0.0)) for seed in (0, 1)]
+    made = population(network, lanes)
+    made.advance(3)
+    alone = population(network, lanes[1:])
+    alone.advance(3)
+    same(lane(alone, 0).buffers, lane(made, 1).buffers, rtol=1e-9)
+    if (tracked := made.state.buffers.get("1.num_batches_tracked")) is not None:
+        assert tracked.tolist() == [3, 3]
+
+
+def test_hesscale_does_not_look_through_online_normalisation() -> None:
+    made = population(online_normed, [Lane(0, UPGD(order=2))])
+    with pytest.raises(ValueError, match="HesScale has no rule for online_normalise"):
+        made.advance(1)
+
+
+def test_an_accumulator_stays_where_no_gradient_comes_from() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside, self.norm, self.linear = nn.Linear(6, 5), OnlineNorm(5), nn.Linear(6, 2)
+            self.norm.output_error.fill_(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + self.norm(self.aside(x)).detach().sum(1, keepdim=True)  # type: ignore[no-any-return]
+
+    made = population(Detached, [Lane(0, SGD(lr=0.01)), Lane(1, SGD(lr=0.01))])
+    made.advance(4)
+    assert (made.state.buffers["norm.output_error"] == 0.5).all()
+
+
+class _Fork(nn.Module):
+    """One activation, read plainly and through dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.plain, self.dropped = nn.Linear(6, 5), nn.Linear(5, 2), nn.Linear(5, 2)
+        self.drop = nn.Dropout(RATE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        return self.plain(h) + self.dropped(self.drop(h))  # type: ignore[no-any-return]
+
+
+def test_a_reader_behind_dropout_is_given_something_else() -> None:
+    made = population(_Fork, [Lane(0, SGD(), (ContinualBackprop(0.1, 3, utility="taylor"),))])
+    made.advance(1)
+    assert len(made._watched.first) == 1, "the reader that is tapped stands for itself alone"
+
+
+class _Forgetting(Intervention):
+    """Running statistics start anew at every task: by constants, which have no lane dimension."""
+
+    def due(self, steps_made: int, task_ended: bool) -> bool:
+        return task_ended
+
+    def event(self, params: Tensors, state: State, context: Context) -> Outcome:
+        return Outcome({"1.running_mean": torch.full((5,), 7.0, dtype=torch.float64)}, state)
+
+
+class _Misspelt(_Forgetting):
+    name = "misspelt"
+    changed: ClassVar[dict[str, Tensor]] = {"1.runing_mean": torch.zeros(5)}
+
+    def event(self, params: Tensors, state: State, context: Context) -> Outcome:
+        return Outcome(self.changed, state)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_event_may_change_buffers(count: int) -> None:
+    made = population(batch_normed, [Lane(seed, SGD(lr=0.05), (_Forgetting(),)) for seed in range(count)])
+    length = made.stream.task_length()
+    made.advance(length)
+    assert (made.state.buffers["1.running_mean"] == 7).all()
+    made.advance(1)
+    assert (made.state.buffers["1.running_mean"] != 7).all()
+
+
+def test_what_an_event_gives_is_looked_at() -> None:
+    made = population(batch_normed, [Lane(0, SGD(lr=0.05), (_Misspelt(),))])
+    with pytest.raises(ValueError, match=r"misspelt changes '1\.runing_mean', which is no parameter and no buffer"):
+        made.advance(made.stream.task_length())
 
 
 def test_running_statistics_of_instances_are_refused() -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import perennial
 from perennial.methods import PROBES, REGISTRY, SGD, UPGD, Adam, ContinualBackprop, Rule
+from perennial.modules import OnlineNorm
 from perennial.noise import seed_key
 from perennial.statistics import estimate
 from perennial.trainability import Learning, Trainability, learning, trainability, warm_start_gap
@@ -30,6 +31,10 @@ QUICK: dict[str, Any] = {"steps": 10, "batch_size": 8, "seeds": 2, "every": 1, "
 
 
 pytestmark = pytest.mark.usefixtures("in_double")
+
+
+def online() -> nn.Module:
+    return nn.Sequential(nn.Linear(INPUTS, 16), OnlineNorm(16, 0.9, 0.8), nn.ReLU(), nn.Linear(16, CLASSES))
 
 
 def mlp(outputs: int = CLASSES) -> nn.Module:
@@ -143,7 +148,9 @@ OPTIMIZERS: dict[str, tuple[Rule, Callable[[Any], torch.optim.Optimizer]]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("make", [mlp, conv, Branching, Tied], ids=["mlp", "batch norm", "one by one", "tied"])
+@pytest.mark.parametrize(
+    "make", [mlp, conv, Branching, Tied, online], ids=["mlp", "batch norm", "one by one", "tied", "online norm"]
+)
 def test_a_lane_is_a_plain_training_loop(make: Callable[[], nn.Module], name: str) -> None:
     rule, plain = OPTIMIZERS[name]
     x = inputs(1, 6, 6) if make is conv else inputs()

@@ -64,7 +64,8 @@ class Context(NamedTuple):
     loss: Callable[[Tensors], Tensor] | None = None
     """The loss [] on this step's examples as a function of the parameters, by name; those left out are as they are."""
     buffers: Tensors = {}
-    """Running statistics of norms, by qualified name; a step may return changed ones beside the parameters."""
+    """The network's buffers, such as running statistics of norms, by qualified name; a step or an event may return
+    changed ones beside the parameters."""
     reduce: Callable[[Tensor], Tensor] = lambda score: score
     """The mean of a tensor over the processes of a data-parallel job; the tensor itself where there is one process.
     What a method computes from activations or signals goes through it, so that all processes decide alike."""

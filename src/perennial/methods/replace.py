@@ -19,8 +19,10 @@ from perennial.methods.base import Context, Intervention, Tensors, choice, whole
 from perennial.noise import elements
 from perennial.units import Distribution, Slice, UnitLayer, UnitMap, along, bias_beside
 
-_NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
-"""What the parameters and running statistics of a norm start from, by the last part of their name."""
+_NEUTRAL = {
+    "weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0, "output_error": 0.0, "mean_error": 0.0
+}  # fmt: skip
+"""What the parameters, statistics and accumulators of a norm start from, by the last part of their name."""
 
 
 class Chosen(NamedTuple):

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 class OnlineNorm(nn.Module):
@@ -43,8 +45,8 @@ class OnlineNorm(nn.Module):
     differentiated again.
 
     With ``torch.func``, where a backward pass may change nothing, take the gradient by the accumulators too
-    (:attr:`ACCUMULATORS`): what comes back for them is not a gradient but their values after the step. The running
-    statistics must then be copies of the caller's, since they are written into.
+    (:attr:`ACCUMULATORS`): what comes back for them is no gradient but how far they move. The running statistics must
+    then be copies of the caller's, since they are written into, and each layer be used once in a forward pass.
 
     Args:
         features: features of the input, which lie along dimension 1.
@@ -134,11 +136,11 @@ class OnlineNorm(nn.Module):
             errors = self.output_error, self.mean_error
             owner = None if any(error.requires_grad for error in errors) else self
             decays = self.forward_decay, self.backward_decay, self.eps
-            y, mean, var, _ = _Normalize.apply(flat, self.running_mean, self.running_var, *errors, decays, owner)  # type: ignore[no-untyped-call]
+            y, mean, var = online_normalise(flat, self.running_mean, self.running_var, *errors, decays, owner)
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)
         else:
-            y = (flat - self.running_mean[:, None]) / torch.sqrt(self.running_var + self.eps)[:, None]
+            y = F.batch_norm(flat, self.running_mean, self.running_var, eps=self.eps)  # as which others know it
         if self.layer_scaling:
             y = y / torch.sqrt(y.square().mean((1, 2), keepdim=True) + self.eps)
         if self.weight is not None and self.bias is not None:
@@ -152,10 +154,27 @@ class OnlineNorm(nn.Module):
         )
 
 
+def accumulators(model: nn.Module) -> list[str]:
+    """The buffers of a model that a backward pass moves, by qualified name."""
+    found = []
+    for name, module in model.named_modules():
+        found += [f"{name}.{part}".lstrip(".") for part in getattr(module, "ACCUMULATORS", ())]
+    return found
+
+
+def online_normalise(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalisation and the statistics after it: an operation that a ``TorchFunctionMode`` sees, unlike an autograd
+    function."""
+    if has_torch_function((x,)):
+        return handle_torch_function(online_normalise, (x,), x, *rest)
+    y, mean, var, _ = _Normalize.apply(x, *rest)  # type: ignore[no-untyped-call]
+    return y, mean, var
+
+
 class _Normalize(torch.autograd.Function):
     """The normalisation of [samples, features, positions] with its control process, and the statistics after it.
 
-    The gradient by an accumulator is its next value. Where a module owns them, that is written into it.
+    The gradient by an accumulator is how far it moves. Where a module owns them, its next value is written into it.
     """
 
     generate_vmap_rule = True
@@ -211,7 +230,8 @@ class _Normalize(torch.autograd.Function):
         if owner is not None:
             owner.output_error.copy_(error)
             owner.mean_error.copy_(means[-1])
-        return grad - gain * means[:-1, :, None], None, None, error, means[-1], None, None
+        moves = error - output_error, means[-1] - mean_error
+        return grad - gain * means[:-1, :, None], None, None, *moves, None, None
 
 
 def _before(start: Tensor, terms: Tensor, decay: float) -> Tensor:

@@ -7,8 +7,10 @@ import functools
 import gc
 import inspect
 import math
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +24,7 @@ from perennial import metrics, networks
 from perennial.compiler import compile_step
 from perennial.methods import Context, Intervention, Method, Regulariser
 from perennial.methods.base import Tensors
+from perennial.modules.online_norm import accumulators
 from perennial.noise import Noise, seed_key, torch_seed
 from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
 from perennial.streams import HeldOut, Stream
@@ -66,7 +69,8 @@ class Population:
 
     Raises:
         ValueError: no lanes, lanes of different structure, a network that does not fit the stream, draws
-            random numbers other than for ``nn.Dropout``, or has a grouped convolution over hidden units.
+            random numbers other than for ``nn.Dropout``, assigns to its buffers in place of writing into them, or has a
+            grouped convolution over hidden units.
     """
 
     def __init__(
@@ -93,12 +97,8 @@ class Population:
         self.compile_seconds = 0.0
         self.model, initial = self._build(factory, lanes[0].seed)
         example = torch.zeros(2, *stream.input_shape)
-        self._check_fit(example)
-        self._accumulators = [
-            f"{name}.{part}".lstrip(".")
-            for name, module in self.model.named_modules()
-            for part in getattr(module, "ACCUMULATORS", ())
-        ]
+        self._check_fit(example[: stream.batch])
+        self._accumulators = accumulators(self.model)
         self.units = trace(self.model, example, initial=initial).interior()
         self._check_groups()
         self._nonlinearities = observe(self.model, self.units, example).nonlinearities
@@ -141,16 +141,46 @@ class Population:
         return model.train(), initial
 
     def _check_fit(self, example: Tensor) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+                raise ValueError(
+                    f"{name} has momentum=None, a mean over all steps, which lanes cannot keep; give a number"
+                )
+        buffers = dict(self.model.named_buffers())
+        accumulating = {name: m for name, m in self.model.named_modules() if hasattr(m, "ACCUMULATORS")}
         try:
-            with torch.no_grad(), _InLanes(None) as seen:
+            with (
+                torch.random.fork_rng(devices=[]),
+                torch.no_grad(),
+                _InLanes(None) as seen,
+                _counted(accumulating) as uses,
+            ):
+                at = torch.get_rng_state()
                 out = self.model(example)
-            self._drops = seen.dropouts > 0
-            self._special = self._drops or bool(list(self.model.buffers()))
+                drew = not torch.equal(at, torch.get_rng_state())
         except RuntimeError as error:
             raise ValueError(
                 f"the network does not take the inputs of {self.stream.name}, {tuple(example.shape[1:])}: {error}"
             ) from error
-        if out.shape != (2, self.stream.outputs):
+        self._drops, self._special = seen.drops, seen.drops or bool(buffers)
+        if drew:
+            raise ValueError(
+                "the network draws random numbers in its forward pass, which lanes could not draw again; of layers "
+                "that draw they take nn.Dropout"
+            )
+        for name, buffer in self.model.named_buffers():
+            if buffers.get(name) is not buffer:
+                raise ValueError(
+                    f"the network assigns to its buffer {name}, of which lanes see nothing: write into it, as in "
+                    f"self.{name.rpartition('.')[2]}.copy_(...)"
+                )
+        for name, module in accumulating.items():
+            if uses[module] > 1:
+                raise ValueError(
+                    f"{name} is used {uses[module]} times in a forward pass, and lanes can follow what a backward pass "
+                    "moves in it only once: give each place a layer of its own"
+                )
+        if out.shape != (len(example), self.stream.outputs):
             raise ValueError(
                 f"the network gives {tuple(out.shape[1:])} numbers for an example of {self.stream.name}, which needs "
                 f"({self.stream.outputs},)"
@@ -193,7 +223,7 @@ class Population:
             states = [lane.rule.init(params, self.units)]
             noise = Noise(torch.tensor(seed_key(lane.seed, "method"), dtype=torch.int32, device=self.device), zero - 1)
             for method in lane.interventions:
-                context = Context({}, {}, noise.scoped(method.name), self.units)
+                context = Context({}, {}, noise.scoped(method.name), self.units, buffers=buffers)
                 changed, own = method.begun(params, method.init(params, self.units), context)
                 states.append(own)
                 params = params | changed
@@ -219,10 +249,14 @@ class Population:
     def _regression(self) -> bool:
         return self.stream.task == "regression"
 
-    def _output(self, params: Tensors, buffers: Tensors, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """What the network gives. It may write into the buffers; dropout goes by the noise, and is none without."""
-        with _InLanes(noise) if self._special else contextlib.nullcontext():
-            return cast(Tensor, functional_call(self.model, {**params, **buffers}, (x,)))
+    def _output(
+        self, params: Tensors, buffers: Tensors, x: Tensor, noise: Noise | None = None, move: bool = False
+    ) -> Tensor:
+        """What the network gives; dropout goes by the noise, and is none without. With ``move`` the pass writes into
+        the buffers that it is given; otherwise what it would write is lost."""
+        held = buffers if move else _copied(buffers)
+        with _InLanes(noise, () if move else held.values()) if self._special else contextlib.nullcontext():
+            return cast(Tensor, functional_call(self.model, {**params, **held}, (x,)))
 
     def _forward(
         self,
@@ -231,6 +265,7 @@ class Population:
         x: Tensor,
         noise: Noise | None = None,
         moved: dict[str, Tensor] | None = None,
+        move: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, and every unit layer's activation [samples, units, ...].
 
@@ -239,7 +274,7 @@ class Population:
         readers = {part.parameter for layer in self.units for part in layer.outgoing}
         added = {reader: moved[first] for reader, first in self._watched.first.items()} if moved else {}
         with _Taps(params, readers, added) as taps:
-            output = self._output(params, buffers, x, noise)
+            output = self._output(params, buffers, x, noise, move)
         return output, {layer.name: layer.activation(taps.seen[layer.tap]) for layer in self.units}
 
     def _watch(self, x: Tensor) -> None:
@@ -268,9 +303,9 @@ class Population:
         ) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]]:
             buffers = _copied(state.buffers) | accumulators
             if {"activations", "signals"} & self._needs:
-                output, activations = self._forward(params, buffers, x, noise, moved)
+                output, activations = self._forward(params, buffers, x, noise, moved, move=True)
             else:
-                output, activations = self._output(params, buffers, x, noise), {}
+                output, activations = self._output(params, buffers, x, noise, move=True), {}
             loss = whole = self._loss(output, y)
             for method, own in zip(interventions, state.methods[1:], strict=True):
                 if isinstance(method, Regulariser) and method.coupled:
@@ -282,7 +317,7 @@ class Population:
             from perennial.curvature import hesscale
 
             curvature = hesscale(
-                lambda p: self._output(p, _copied(state.buffers), x, noise),
+                lambda p: self._output(p, state.buffers, x, noise),
                 state.params,
                 lambda out: self._loss(out, y),
             ).curvature
@@ -290,24 +325,24 @@ class Population:
             state.params, moved, accumulators
         )
         grads, by_input, accumulated = slopes
-        buffers |= accumulated
+        buffers |= {name: state.buffers[name] + change for name, change in accumulated.items()}
         if self._drops:
-            output = self._output(state.params, _copied(state.buffers), x)
+            output = self._output(state.params, state.buffers, x)
             loss = self._loss(output, y)
         signals = {}
         if "signals" in self._needs:
             signals = {layer.name: layer.activation(by_input[self._watched.first[layer.tap]]) for layer in self.units}
-        params = dict(state.params)
+        params, given = dict(state.params), dict(state.buffers)
 
         def seen_by(method: Method) -> Context:
-            at, those = dict(params), dict(buffers)
+            at, those = dict(params), dict(given)
 
             def loss_at(changed: Tensors) -> Tensor:
-                return self._loss(self._output(at | dict(changed), _copied(those), x, noise), y)
+                return self._loss(self._output(at | dict(changed), those, x, noise), y)
 
             wanted = loss_at if "loss" in method.needs else None
             scoped = noise.scoped(method.name)
-            return Context(grads, activations, scoped, self.units, signals, wanted, those, curvature=curvature)
+            return Context(grads, activations, scoped, self.units, signals, wanted, dict(buffers), curvature=curvature)
 
         changed, rule_state = rule.step(params, state.methods[0], seen_by(rule))
         params |= changed
@@ -315,7 +350,7 @@ class Population:
         replaced = state.replaced
         for method, old in zip(interventions, state.methods[1:], strict=True):
             changed, new = method.step(params, old, seen_by(method))
-            _exchange(params, buffers, changed)
+            _exchange(method, changed, params, buffers, given)
             states.append(new)
             fresh = method.replaced(new)  # type: ignore[attr-defined]
             if fresh:
@@ -351,7 +386,11 @@ class Population:
                 continue
             context = Context({}, {}, noise.scoped(method.name), self.units, buffers=dict(buffers))
             outcome = method.happened(params, states[position], context)  # type: ignore[attr-defined]
-            _exchange(params, buffers, outcome.changed)
+            _exchange(method, outcome.changed, params, buffers)
+            # What is the same in every lane has no lane dimension yet, and as the last vmap does not add it.
+            old = state.params | state.buffers
+            for part in (params, buffers):
+                part |= {n: torch.where(torch.zeros_like(old[n]) == 1, old[n], w) for n, w in part.items()}
             states[position] = outcome.state
             if outcome.touched:
                 touched = {**outcome.touched, **self.units.renewed(outcome.touched)}
@@ -517,7 +556,7 @@ class Population:
         state = self._sums()
 
         def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return self._loss(self._output(params, _copied(buffers), x), y)
+            return self._loss(self._output(params, buffers, x), y)
 
         inputs = (state.params, state.buffers, *example)
         with torch.no_grad():
@@ -788,9 +827,29 @@ def _copied(buffers: Tensors) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
-def _exchange(params: dict[str, Tensor], buffers: dict[str, Tensor], changed: Tensors) -> None:
+def _exchange(method: Method, changed: Tensors, params: dict[str, Tensor], *buffers: dict[str, Tensor]) -> None:
+    """What a method changed, put where it belongs."""
     for name, value in changed.items():
-        (buffers if name in buffers else params)[name] = value
+        parts = [part for part in (params, *buffers) if name in part]
+        if not parts:
+            known = ", ".join([*params, *buffers[0]])
+            raise ValueError(f"{method.name} changes {name!r}, which is no parameter and no buffer: {known}")
+        if value.shape != parts[0][name].shape:
+            raise ValueError(f"{method.name} makes {name} {tuple(value.shape)}; it is {tuple(parts[0][name].shape)}")
+        for part in parts:
+            part[name] = value
+
+
+@contextlib.contextmanager
+def _counted(modules: Mapping[str, nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """How often each module is called meanwhile."""
+    uses: Counter[nn.Module] = Counter()
+    hooks = [module.register_forward_hook(lambda called, *_: uses.update([called])) for module in modules.values()]
+    try:
+        yield uses
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Watched(NamedTuple):
@@ -802,22 +861,19 @@ class _Watched(NamedTuple):
     """The shape of that tensor, by the standing reader's weight."""
 
 
-_UNREPEATABLE = (
-    F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.rrelu, F.gumbel_softmax
-)  # fmt: skip
-
-
 class _InLanes(TorchFunctionMode):
     """What stands in for functions of torch's that lanes cannot call.
 
     Dropout goes by the lane's noise, one draw for each call in the order of the pass; without noise there is none.
-    Batch normalisation moves its statistics by arithmetic: torch's own writes into a copy where lanes come last.
+    Batch normalisation moves its statistics by arithmetic: torch's own writes into a copy where lanes come last. What a
+    pass would write into ``lost`` buffers it does not write: a pass within another ``vmap`` could not.
     """
 
-    def __init__(self, noise: Noise | None) -> None:
+    def __init__(self, noise: Noise | None, lost: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.noise = noise and noise.scoped("network")
-        self.dropouts = 0
+        self.lost = {id(buffer) for buffer in lost}
+        self.calls, self.drops = 0, False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -826,29 +882,34 @@ class _InLanes(TorchFunctionMode):
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
         if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        if func in _UNREPEATABLE or func is F.instance_norm:
-            given = inspect.signature(func).bind(*args, **kwargs)
-            given.apply_defaults()
-            if func is F.instance_norm and given.arguments["running_mean"] is not None:
+            return _batch_norm(not self.lost, *args, **kwargs)
+        if func is F.instance_norm:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            if given.get("running_mean") is not None:
                 raise ValueError("lanes cannot keep the running statistics of instance normalisation; leave them out")
-            if func is not F.instance_norm and given.arguments.get("training", True):
-                raise ValueError(
-                    f"the network draws random numbers by {func.__name__}, which lanes could not draw again; of layers "
-                    "that draw, they take nn.Dropout"
-                )
+        name = getattr(func, "__name__", "")
+        if args and id(args[0]) in self.lost and (_IN_PLACE.fullmatch(name) or name == "__setitem__"):
+            return args[0]
         return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        self.dropouts += 1
-        if not training or p == 0 or self.noise is None:
+        self.calls += 1
+        if not training or p == 0:
             return input
+        self.drops = True
+        if self.noise is None:
+            return input.view_as(input)  # a tensor of its own, as with noise: who reads it is given something else
         element = torch.arange(input.numel(), dtype=torch.int32, device=input.device).view(input.shape)
-        kept = self.noise.uniform(f"dropout {self.dropouts}", element) >= p
-        return input * kept.to(input.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+        kept = self.noise.uniform(f"dropout {self.calls}", element) >= p
+        factor = kept.to(input.dtype) * (1 / (1 - p) if p < 1 else 0.0)
+        return input.mul_(factor) if inplace else input * factor
+
+
+_IN_PLACE = re.compile(r"[a-z]\w*[^_]_|__i[a-z]+__")
 
 
 def _batch_norm(
+    moves: bool,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -860,12 +921,15 @@ def _batch_norm(
 ) -> Tensor:
     if not training or running_mean is None or running_var is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    out = F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+    if not moves:
+        return out
     with torch.no_grad():
         others = [d for d in range(input.dim()) if d != 1]
         var, mean = torch.var_mean(input.detach(), others)
         running_mean.mul_(1 - momentum).add_(momentum * mean)
         running_var.mul_(1 - momentum).add_(momentum * var)
-    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+    return out
 
 
 class _Taps(TorchFunctionMode):

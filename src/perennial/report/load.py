@@ -10,6 +10,8 @@ from typing import Any
 import polars as pl
 import yaml
 
+from perennial.streams import REGISTRY
+
 RESULTS = {
     "part": pl.String,
     "method": pl.String,
@@ -151,8 +153,13 @@ def _part(key: str, part: dict[str, Any], alone: bool) -> Part:
         judged_by=part.get("judged_by"),
         seeds=tuple(range(seeds) if isinstance(seeds, int) else seeds),
         methods=tuple(_method(name, method) for name, method in part["methods"].items()),
-        batch=int(part["stream"].get("batch_size", 1)),
+        batch=int(part["stream"].get("batch_size") or _usual_batch(part["stream"]["name"])),
     )
+
+
+def _usual_batch(stream: str) -> int:
+    """Examples a step of a stream that does not say: its default, 1 if it is not known here."""
+    return next((int(getattr(kind, "batch_size", 1)) for kind in REGISTRY if kind.name == stream), 1)
 
 
 def _method(key: str, method: dict[str, Any]) -> Method:

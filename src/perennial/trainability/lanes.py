@@ -17,6 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from perennial.methods import Context, Rule
+from perennial.modules.online_norm import accumulators
 from perennial.noise import Noise, elements, seed_key, torch_seed
 from perennial.units import Distribution, UnitMap
 from perennial.units.trace import undisturbed
@@ -165,7 +166,7 @@ class Lanes:
         self.network, self.loss, self.seeds, self.sides = network, loss, seeds, len(starts[0])
         self.one_by_one: str | None = None
         self.device = device_of(network)
-        self._units = UnitMap(())
+        self._units, self._accumulators = UnitMap(()), accumulators(network)
         self.rule = type(rule).settled([rule], self._units)[0]
         keys = [seed_key(seed, "method") for seed in seeds for _ in range(self.sides)]
         self._keys = torch.tensor(keys, dtype=torch.int32, device=self.device)
@@ -222,22 +223,24 @@ class Lanes:
             total += len(x) * self._run(scored, 0, each, y.to(self.device))
         return torch.where(self.state.diverged >= 0, torch.nan, total / len(inputs)).view(-1, self.sides)
 
-    def _forward(self, lane: LaneState, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output, and the buffers after it."""
-        buffers = {n: b.clone() for n, b in lane.buffers.items()}
-        return functional_call(self.network, {**lane.fixed, **params, **buffers}, (x,)), buffers
+    def _forward(self, lane: LaneState, free: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, and the buffers after it; ``free`` are parameters, and the buffers that a backward pass moves."""
+        buffers = {n: b.clone() for n, b in lane.buffers.items() if n not in free}
+        return functional_call(self.network, {**lane.fixed, **buffers, **free}, (x,)), buffers
 
     def _slopes(
         self, lane: LaneState, x: Tensor, y: Tensor, differentiate: Any = grad_and_value
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The loss of one network, its gradient, and the buffers after it."""
 
-        def objective(params: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            output, buffers = self._forward(lane, params, x)
+        def objective(free: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            output, buffers = self._forward(lane, free, x)
             return self.loss(output, y), buffers
 
-        grads, (loss, buffers) = differentiate(objective, has_aux=True)(lane.params)
-        return loss, grads, buffers
+        moving = {n: lane.buffers[n] for n in self._accumulators}
+        grads, (loss, buffers) = differentiate(objective, has_aux=True)(lane.params | moving)
+        moved = {n: b + grads.pop(n) for n, b in moving.items()}
+        return loss, grads, {n: {**buffers, **moved}[n] for n in lane.buffers}
 
     def _update(
         self, params: dict[str, Tensor], state: Any, grads: dict[str, Tensor], key: Tensor, number: Tensor

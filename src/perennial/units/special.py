@@ -201,6 +201,13 @@ def _group_norm(tracer: Tracer, func: Any, name: str, args: Any, kwargs: Any) ->
     return out
 
 
+def _online_norm(tracer: Tracer, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """:func:`perennial.modules.online_norm.online_normalise`, by statistics of each feature that it is given."""
+    out = func(*args, **kwargs)
+    _norm(tracer, name, out[0], args[0], 1, args[1:5])
+    return out
+
+
 def _layer_norm(tracer: Tracer, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """LayerNorm and RMSNorm over the last dimensions."""
     out = func(*args, **kwargs)
@@ -253,6 +260,7 @@ SPECIAL: dict[str, Callable[[Tracer, Any, str, Any, Any], Any]] = {
     "glu": _glu,
     "broadcast_tensors": _broadcast,
     **dict.fromkeys(("batch_norm", "instance_norm"), _channel_norm),
+    "online_normalise": _online_norm,
     "group_norm": _group_norm,
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
 }
