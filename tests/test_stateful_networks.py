@@ -360,3 +360,32 @@ def test_a_study_network_may_have_them() -> None:
 def test_a_study_network_refuses(settings: dict[str, float | str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MLP(**settings)  # type: ignore[arg-type]
+
+
+class _Gated(nn.Module):
+    """A constant buffer that is negated on the way, and a count that is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 2)
+        self.register_buffer("shut", torch.tensor([True, False, False, False, True, False]))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.linear(x * ~self.shut)  # type: ignore[no-any-return]
+
+
+def test_buffers_that_are_read_and_counted_in_aside_passes() -> None:
+    lanes = [Lane(seed, UPGD(lr=0.05, order="exact", noise_std=0.0)) for seed in (0, 1)]
+    made = Population(_Gated, Table(batch=3), lanes, compiled=False, dtype=torch.float64, plasticity_every=1)
+    made.advance(4)
+    made.measure(["weight_magnitude"])
+    assert made.state.buffers["passes"].tolist() == [4, 4]
+    model = _Gated().double()
+    start = population(_Gated, [Lane(0, SGD(lr=0.05))])
+    model.load_state_dict({**lane(start, 0).params, **lane(start, 0).buffers})
+    x, y = (torch.tensor(t, dtype=torch.float64) for t in Table(batch=3).rows(0))
+    expected = float(((model(x[0]) - y[0]) ** 2).sum(-1).mean())
+    start.advance(1)
+    assert float(start.collect(1)["online_loss"][0]) == pytest.approx(expected, rel=1e-12)

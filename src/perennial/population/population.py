@@ -5,19 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import inspect
 import math
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from perennial import metrics, networks
@@ -27,6 +22,7 @@ from perennial.methods.base import Tensors
 from perennial.modules.online_norm import accumulators
 from perennial.noise import Noise, seed_key, torch_seed
 from perennial.population.lanes import Lane, LaneState, bind, hyper_parameters, structure
+from perennial.population.passes import InLanes, Taps, copied, counted, evaluating
 from perennial.streams import HeldOut, Stream
 from perennial.units import build_and_record, observe, trace
 
@@ -152,8 +148,8 @@ class Population:
             with (
                 torch.random.fork_rng(devices=[]),
                 torch.no_grad(),
-                _InLanes(None) as seen,
-                _counted(accumulating) as uses,
+                InLanes(None) as seen,
+                counted(accumulating) as uses,
             ):
                 at = torch.get_rng_state()
                 out = self.model(example)
@@ -254,8 +250,8 @@ class Population:
     ) -> Tensor:
         """What the network gives; dropout goes by the noise, and is none without. With ``move`` the pass writes into
         the buffers that it is given; otherwise what it would write is lost."""
-        held = buffers if move else _copied(buffers)
-        with _InLanes(noise, () if move else held.values()) if self._special else contextlib.nullcontext():
+        held = buffers if move else copied(buffers)
+        with InLanes(noise, () if move else held.values()) if self._special else contextlib.nullcontext():
             return cast(Tensor, functional_call(self.model, {**params, **held}, (x,)))
 
     def _forward(
@@ -273,7 +269,7 @@ class Population:
         """
         readers = {part.parameter for layer in self.units for part in layer.outgoing}
         added = {reader: moved[first] for reader, first in self._watched.first.items()} if moved else {}
-        with _Taps(params, readers, added) as taps:
+        with Taps(params, readers, added) as taps:
             output = self._output(params, buffers, x, noise, move)
         return output, {layer.name: layer.activation(taps.seen[layer.tap]) for layer in self.units}
 
@@ -282,7 +278,7 @@ class Population:
         gradient by it is the gradient by a unit's activation. One reader stands for all of them."""
         params, buffers = ({name: w[..., 0].clone() for name, w in part.items()} for part in self.state[:2])
         readers = {part.parameter for layer in self.units for part in layer.outgoing}
-        with torch.no_grad(), _Taps(params, readers, {}) as taps:
+        with torch.no_grad(), Taps(params, readers, {}) as taps:
             self._output(params, buffers, x)
         taken: dict[int, str] = {}
         for reader, given in taps.seen.items():
@@ -301,7 +297,7 @@ class Population:
         def objective(
             params: dict[str, Tensor], moved: dict[str, Tensor], accumulators: dict[str, Tensor]
         ) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]]:
-            buffers = _copied(state.buffers) | accumulators
+            buffers = copied(state.buffers) | accumulators
             if {"activations", "signals"} & self._needs:
                 output, activations = self._forward(params, buffers, x, noise, moved, move=True)
             else:
@@ -570,7 +566,7 @@ class Population:
         """Add the accuracy on the held-out examples of the task in force at a step, lane by lane: they may be many."""
         state = self._sums()
         inputs, classes = cast(HeldOut, self.feed).held_out(step)
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             for number, seed in enumerate(self._lane_seed[: len(self.lanes)].tolist()):
                 params, buffers = ({name: w[..., number] for name, w in part.items()} for part in state[:2])
                 output = self._output(params, buffers, inputs[..., seed].to(self.dtype))
@@ -639,7 +635,7 @@ class Population:
                 hidden = self._forward(params, buffers, x)[1]
                 return {name: self._of_activations(name, hidden) for name in of_activations}
 
-            with torch.no_grad(), _evaluating(self.model):
+            with torch.no_grad(), evaluating(self.model):
                 found |= vmap(one, in_dims=-1)(
                     self.state.params, self.state.buffers, probe.index_select(-1, self._lane_seed[: len(self.lanes)])
                 )
@@ -814,19 +810,6 @@ def _no_denormals() -> Iterator[None]:
         torch.set_flush_denormal(had)
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
-def _copied(buffers: Tensors) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in buffers.items()}
-
-
 def _exchange(method: Method, changed: Tensors, params: dict[str, Tensor], *buffers: dict[str, Tensor]) -> None:
     """What a method changed, put where it belongs."""
     for name, value in changed.items():
@@ -840,18 +823,6 @@ def _exchange(method: Method, changed: Tensors, params: dict[str, Tensor], *buff
             part[name] = value
 
 
-@contextlib.contextmanager
-def _counted(modules: Mapping[str, nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """How often each module is called meanwhile."""
-    uses: Counter[nn.Module] = Counter()
-    hooks = [module.register_forward_hook(lambda called, *_: uses.update([called])) for module in modules.values()]
-    try:
-        yield uses
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class _Watched(NamedTuple):
     """Where the gradient by an activation is taken."""
 
@@ -859,101 +830,3 @@ class _Watched(NamedTuple):
     """Reader's weight -> the weight of the reader that stands for all that are given the same tensor."""
     shapes: dict[str, torch.Size]
     """The shape of that tensor, by the standing reader's weight."""
-
-
-class _InLanes(TorchFunctionMode):
-    """What stands in for functions of torch's that lanes cannot call.
-
-    Dropout goes by the lane's noise, one draw for each call in the order of the pass; without noise there is none.
-    Batch normalisation moves its statistics by arithmetic: torch's own writes into a copy where lanes come last. What a
-    pass would write into ``lost`` buffers it does not write: a pass within another ``vmap`` could not.
-    """
-
-    def __init__(self, noise: Noise | None, lost: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.noise = noise and noise.scoped("network")
-        self.lost = {id(buffer) for buffer in lost}
-        self.calls, self.drops = 0, False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return self._dropout(*args, **kwargs)
-        if func is F.batch_norm:
-            return _batch_norm(not self.lost, *args, **kwargs)
-        if func is F.instance_norm:
-            given = inspect.signature(func).bind(*args, **kwargs).arguments
-            if given.get("running_mean") is not None:
-                raise ValueError("lanes cannot keep the running statistics of instance normalisation; leave them out")
-        name = getattr(func, "__name__", "")
-        if args and id(args[0]) in self.lost and (_IN_PLACE.fullmatch(name) or name == "__setitem__"):
-            return args[0]
-        return func(*args, **kwargs)
-
-    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        self.calls += 1
-        if not training or p == 0:
-            return input
-        self.drops = True
-        if self.noise is None:
-            return input.view_as(input)  # a tensor of its own, as with noise: who reads it is given something else
-        element = torch.arange(input.numel(), dtype=torch.int32, device=input.device).view(input.shape)
-        kept = self.noise.uniform(f"dropout {self.calls}", element) >= p
-        factor = kept.to(input.dtype) * (1 / (1 - p) if p < 1 else 0.0)
-        return input.mul_(factor) if inplace else input * factor
-
-
-_IN_PLACE = re.compile(r"[a-z]\w*[^_]_|__i[a-z]+__")
-
-
-def _batch_norm(
-    moves: bool,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not training or running_mean is None or running_var is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    out = F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
-    if not moves:
-        return out
-    with torch.no_grad():
-        others = [d for d in range(input.dim()) if d != 1]
-        var, mean = torch.var_mean(input.detach(), others)
-        running_mean.mul_(1 - momentum).add_(momentum * mean)
-        running_var.mul_(1 - momentum).add_(momentum * var)
-    return out
-
-
-class _Taps(TorchFunctionMode):
-    """Keeps what the readers of hidden units were given, and adds to it."""
-
-    def __init__(self, params: Tensors, readers: Iterable[str], added: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.wanted = {id(params[reader]): reader for reader in readers}
-        self.added = added
-        self.seen: dict[str, Tensor] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
-            reader = self.wanted.get(id(kwargs["weight"] if "weight" in kwargs else args[1]))
-            if reader is not None:
-                given = kwargs["input"] if "input" in kwargs else args[0]
-                self.seen[reader] = given
-                if reader in self.added:
-                    moved = given + self.added[reader]
-                    if args:
-                        args = (moved, *args[1:])
-                    else:
-                        kwargs = kwargs | {"input": moved}
-        return func(*args, **kwargs)
