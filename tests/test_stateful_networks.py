@@ -386,6 +386,6 @@ def test_buffers_that_are_read_and_counted_in_aside_passes() -> None:
     start = population(_Gated, [Lane(0, SGD(lr=0.05))])
     model.load_state_dict({**lane(start, 0).params, **lane(start, 0).buffers})
     x, y = (torch.tensor(t, dtype=torch.float64) for t in Table(batch=3).rows(0))
-    expected = float(((model(x[0]) - y[0]) ** 2).sum(-1).mean())
+    expected = float(((model(x[0]) - y[0]) ** 2).sum(-1).mean().detach())
     start.advance(1)
     assert float(start.collect(1)["online_loss"][0]) == pytest.approx(expected, rel=1e-12)

@@ -71,11 +71,8 @@ class InLanes(TorchFunctionMode):
             if given.get("running_mean") is not None:
                 raise ValueError("lanes cannot keep the running statistics of instance normalisation; leave them out")
         name = getattr(func, "__name__", "")
-        if (
-            args
-            and id(args[0]) in self.lost
-            and (name in _AUGMENTED or (name.endswith("_") and not name.endswith("__")))
-        ):
+        in_place = name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
+        if in_place and args and id(args[0]) in self.lost:
             return args[0]
         return func(*args, **kwargs)
 
