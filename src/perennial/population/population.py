@@ -385,8 +385,8 @@ class Population:
             _exchange(method, outcome.changed, params, buffers)
             # What is the same in every lane has no lane dimension yet, and as the last vmap does not add it.
             old = state.params | state.buffers
-            for part in (params, buffers):
-                part |= {n: torch.where(torch.zeros_like(old[n]) == 1, old[n], w) for n, w in part.items()}
+            for name, part in ((n, part) for n in outcome.changed for part in (params, buffers) if n in part):
+                part[name] = torch.where(torch.zeros_like(old[name]) == 1, old[name], part[name])
             states[position] = outcome.state
             if outcome.touched:
                 touched = {**outcome.touched, **self.units.renewed(outcome.touched)}
