@@ -308,7 +308,7 @@ class Intervention(Method):
         outcome = self.event(params, state, context)
         if not isinstance(outcome, Outcome):
             raise ValueError(f"{self.name}.event returned {type(outcome).__name__}; it returns an Outcome")
-        self._look_at(outcome.changed, params, "event")
+        self._look_at(outcome.changed, {**params, **context.buffers}, "event")
         return outcome
 
     def _look_at(self, changed: Tensors, params: Tensors, where: str) -> None:

@@ -227,10 +227,12 @@ class _Normalize(torch.autograd.Function):
             grad = grad - gain * torch.stack(errors)[:, :, None] * y
         grad = grad / scale
         means = _before(mean_error, grad.mean(2), decay)
-        if owner is not None:
+        moves: tuple[Tensor | None, Tensor | None] = None, None
+        if owner is None:
+            moves = error - output_error, means[-1] - mean_error
+        else:
             owner.output_error.copy_(error)
             owner.mean_error.copy_(means[-1])
-        moves = error - output_error, means[-1] - mean_error
         return grad - gain * means[:-1, :, None], None, None, *moves, None, None
 
 
