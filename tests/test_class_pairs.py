@@ -148,6 +148,20 @@ def test_what_the_data_cannot_give_is_refused(settings: dict[str, int], said: st
         ClassPairs(**settings).open([0], torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize(("part", "kept", "said"), [
+    ("test", range(CLASSES - 1), f"class {CLASSES - 1} of tiny-imagenet-32 has no images in its test set"),
+    ("train", [1, 2], "class 0 of tiny-imagenet-32 has no images in its train set"),
+    ("train", [0], "needs images of two classes and more, and of every class; it has one"),
+])  # fmt: skip
+def test_a_class_without_images_is_refused(part: str, kept: list[int], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny-imagenet-32" / f"{part}.parquet"
+    rows = polars.read_parquet(path)
+    rows.filter(rows["label"].is_in(list(kept))).write_parquet(path)
+    with pytest.raises(ValueError, match=said):
+        ClassPairs(epochs=1, batch_size=2).open([0], torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("settings", "said"), [
     ({"data": "mnist"}, "data is 'mnist'; it is one of tiny-imagenet-32"),
     ({"epochs": 0}, "epochs is 0"), ({"batch_size": 0}, "batch_size is 0"), ({"train_images": 0}, "train_images is 0"),

@@ -449,7 +449,7 @@ STUDIES = {
     "nature/ant": (50_000_000, 30, 6),
     "nature/hopper": (100_000_000, 30, 4),
     "nature/walker": (50_000_000, 30, 4),
-    "nature/slippery-ant-small": (100_000, 2, 4),
+    "nature/slippery-ant-small": (60_000, 2, 4),
     "nature/ant-small": (100_000, 2, 2),
     "nature/hopper-small": (100_000, 2, 2),
     "nature/walker-small": (100_000, 2, 2),

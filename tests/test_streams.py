@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import hashlib
 import io
 import os
 import struct
@@ -31,7 +33,7 @@ from perennial.streams import (
     Stream,
     SumOfTwo,
 )
-from perennial.streams.files import flat_images, images
+from perennial.streams.files import DATA_SETS, flat_images, images
 from perennial.streams.formats import read_idx, read_pictures
 
 DATA = Path(os.environ.get("PERENNIAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -426,9 +428,16 @@ def test_features_of_mini_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"features": rows[:, :5], "labels": np.arange(7)}, r"holds features \(7, 5\) and labels \(7,\)"),
         ({"features": rows, "labels": np.arange(7) + 94}, "no whole numbers from 0 to 99"),
         ({"features": np.where(rows == rows[4, 8], np.nan, rows), "labels": np.arange(7)}, "not finite in row 4"),
+        ({"features": rows[:0], "labels": np.arange(0)}, "features.npz holds no images"),
+        ({"features": rows.astype(str), "labels": np.arange(7)}, "features of type <U.*; they must be numbers"),
     ):
         np.savez(path, **bad)
         with pytest.raises(ValueError, match=message):
+            stream.data()
+    for write in (lambda: np.save(path.with_suffix(".npy"), rows), lambda: path.with_suffix(".npy").write_bytes(b"")):
+        write()
+        path.with_suffix(".npy").replace(path)
+        with pytest.raises(ValueError, match=r"cannot be read as an archive of features and labels: .*numpy.savez"):
             stream.data()
     np.savez(path, features=rows, labels=np.arange(7) * 10)
     feed: Any = stream.open([0], torch.device("cpu"))
@@ -462,8 +471,16 @@ def test_refuses_a_damaged_idx_by_name_and_place(tmp_path: Path) -> None:
         read_idx(idx(tmp_path, (3, 4), extra=b"x"))
     path = idx(tmp_path, (200, 40))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"array.gz is damaged"):
+    with pytest.raises(ValueError, match=rf"array.gz is damaged near offset {path.stat().st_size}, after \d+ bytes"):
         read_idx(path)
+    path.write_bytes(gzip.compress(b""))
+    with pytest.raises(ValueError, match=r"array.gz is empty; put a whole copy there"):
+        read_idx(path)
+    with pytest.raises(ValueError, match="says that it holds 0 x 28 bytes, which is nothing"):
+        read_idx(idx(tmp_path, (0, 28)))
+    (tmp_path / "folder.gz").mkdir()
+    with pytest.raises(ValueError, match=r"folder.gz cannot be read: Is a directory"):
+        read_idx(tmp_path / "folder.gz")
     (tmp_path / "words").write_bytes(b"not an array")
     with pytest.raises(ValueError, match="words is no IDX file: it begins with 6e 6f 74 20"):
         read_idx(tmp_path / "words")
@@ -477,9 +494,16 @@ def test_says_what_is_needed_where_mnist_is_not(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
     with pytest.raises(
-        FileNotFoundError, match=r"no .*mnist.train-images-idx3-ubyte.gz, and .*; put the official file there"
+        FileNotFoundError,
+        match=r"no mnist.train-images-idx3-ubyte.gz and mnist.train-labels-idx1-ubyte.gz in .* \(PERENNIAL_DATA\), and "
+        r"it cannot be fetched .*; put the official files there",
     ):
         PermutedMNIST().open([0], torch.device("cpu"))
+    monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path / "gone"))
+    with pytest.raises(
+        FileNotFoundError, match=r"gone \(PERENNIAL_DATA\), which does not exist; put the official files"
+    ):
+        images("emnist")
     monkeypatch.delenv("PERENNIAL_DATA")
     with pytest.raises(
         FileNotFoundError, match=r"no mnist.train-images.*; set the environment variable PERENNIAL_DATA"
@@ -488,7 +512,7 @@ def test_says_what_is_needed_where_mnist_is_not(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "mnist").mkdir()
     idx(tmp_path, (2, 28, 28)).rename(tmp_path / "mnist" / "train-images-idx3-ubyte.gz")
     monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no .*train-labels-idx1-ubyte.gz; put the official file there"):
+    with pytest.raises(FileNotFoundError, match=r"no .*train-labels-idx1-ubyte.gz beside .*; put the official file"):
         PermutedMNIST().open([0], torch.device("cpu"))
     idx(tmp_path, (2,)).rename(tmp_path / "mnist" / "train-labels-idx1-ubyte.gz")
     with pytest.raises(ValueError, match=r"holds 2 images; the train set of MNIST has 60000"):
@@ -510,7 +534,8 @@ def test_reads_pictures_from_parquet(tmp_path: Path) -> None:
     assert classes.tolist() == [7, 1]
     lists = pixels.permute(0, 2, 3, 1).tolist()
     polars.DataFrame({"image": lists, "label": [5, 6]}).write_parquet(tmp_path / "b")
-    both, classes = read_pictures([tmp_path / "b", tmp_path / "b"], ["label"], shape)
+    polars.DataFrame({"image": pixels.tolist(), "label": [5, 6]}).write_parquet(tmp_path / "c")
+    both, classes = read_pictures([tmp_path / "b", tmp_path / "c"], ["label"], shape)
     assert torch.equal(both, torch.cat([pixels, pixels]))
     assert classes.tolist() == [5, 6, 5, 6]
 
@@ -519,17 +544,70 @@ def test_reads_pictures_from_parquet(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"img": [png(1)], "label": [None]}, "no label in row 0"),
-        ({"img": [png(1), {"bytes": b"?"}], "label": [0, 1]}, "row 1 holds a picture that cannot be decoded"),
+        (
+            {"img": [png(1), {"bytes": b"?"}], "label": [0, 1]},
+            "row 1 holds a picture that cannot be decoded: it is of no",
+        ),
         ({"img": [png(1), png(1, (16, 32))], "label": [0, 1]}, "row 1 holds a picture of 32 x 16 x 3, where one of 32"),
         ({"img": [png(1)], "label": ["cat"]}, "labels of type String in label"),
         ({"img": [[[[1.5] * 3] * 32] * 32], "label": [1]}, "row 0 holds pixels that are no whole numbers"),
+        ({"img": [[[[1] * 3] * 32, [[1] * 3] * 31]], "label": [1]}, "row 0 holds rows of pixels that differ in length"),
+        ({"img": [png(1)] * 2, "label": [1, 10]}, "row 1 has the label 10 in label; labels are 0 to 9"),
+        ({"img": [], "label": []}, "a.parquet has no rows"),
         ({"picture": [png(1)], "label": [1]}, "has the columns picture, label; one must be img or image"),
     ],
 )
 def test_refuses_damaged_pictures_by_row(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     polars.DataFrame(columns).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
-        read_pictures([tmp_path / "a.parquet"], ["label"], (3, 32, 32))
+        read_pictures([tmp_path / "a.parquet"], ["label"], (3, 32, 32), classes=10)
+
+
+def test_refuses_labels_and_classes_of_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERENNIAL_DATA", str(tmp_path))
+    images.cache_clear()
+    for name in ("emnist", "emnist47", "fashion_mnist"):
+        (tmp_path / name).mkdir()
+    idx(tmp_path, (60, 28, 28)).rename(tmp_path / "emnist47" / "train-images-idx3-ubyte.gz")
+    idx(tmp_path, (60,)).rename(tmp_path / "emnist47" / "train-labels-idx1-ubyte.gz")
+    with pytest.raises(
+        ValueError, match=r"emnist47.train-labels.*.gz has the label 47 for image 47 \(offset 55\); labels"
+    ):
+        images("emnist")  # the folder that comes first is empty
+    folder = tmp_path / "cifar100"
+    folder.mkdir()
+    rows = {"img": [png(1)] * 500, "label": [k % 10 for k in range(500)]}
+    few = dataclasses.replace(DATA_SETS["cifar100"], counts=(500, 500))
+    monkeypatch.setitem(DATA_SETS, "cifar100", few)
+    polars.DataFrame(rows).write_parquet(folder / "train.parquet")
+    with pytest.raises(ValueError, match=r"train.parquet holds images of 10 classes; CIFAR-100 has 100: it is another"):
+        images("cifar100")
+
+
+def test_reads_what_was_fetched_before_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("PERENNIAL_DATA", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    images.cache_clear()
+    with pytest.raises(FileNotFoundError, match="cannot be fetched"):
+        images("imagenet-32")
+    home = tmp_path / "datasets--benjamin-paine--imagenet-1k-32x32"
+    commit = "0" * 39 + "1"
+    for folder in ("blobs", "refs", f"snapshots/{commit}/data"):
+        (home / folder).mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    polars.DataFrame({"image": [png(1), png(2)], "label": [999, 0]}).write_parquet(home / "blobs" / "new")
+    digest = hashlib.sha256((home / "blobs" / "new").read_bytes()).hexdigest()
+    blob = (home / "blobs" / "new").rename(home / "blobs" / digest)
+    (home / "snapshots" / commit / "data" / "train-00000-of-00001.parquet").symlink_to(blob)
+    assert images("imagenet-32").classes.tolist() == [999, 0]
+    images.cache_clear()
+    blob.write_bytes(blob.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train-00000-of-00001.parquet is damaged: its SHA-256 is"):
+        images("imagenet-32")
+    images.cache_clear()
 
 
 def test_reads_shards_and_refuses_damaged_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +618,10 @@ def test_reads_shards_and_refuses_damaged_sets(tmp_path: Path, monkeypatch: pyte
         table = polars.DataFrame({"image": [png(shard)], "label": [199 + shard]})
         table.write_parquet(folder / f"train-{shard:05d}-of-00002.parquet")
     images.cache_clear()
-    with pytest.raises(ValueError, match=r"Tiny-ImageNet at 32 x 32's image 1 is 200; labels are 0 to 199"):
+    (folder / "train-or-rather-of-not.parquet").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"00001-of-00002.parquet, row 0 has the label 200 in label; labels are 0 to 199"
+    ):
         images("tiny-imagenet-32")
     polars.DataFrame({"image": [png(1)], "label": [0]}).write_parquet(folder / "train-00001-of-00002.parquet")
     assert images("tiny-imagenet-32").classes.tolist() == [199, 0]

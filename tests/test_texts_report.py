@@ -216,6 +216,24 @@ def test_tickets_of_several_selections(tmp_path: Path) -> None:
         assert f"Ticket of {selection}" in drawn["overlap"]
 
 
+def test_rows_and_columns_are_no_part_of_the_curves_of_single_weights(tmp_path: Path) -> None:
+    of = replace(
+        search(2), selections=(*search(2).selections, Selection(dimensions=1), Selection(dimensions=1, dims="columns"))
+    )
+    write_search(tmp_path, of)
+    scores = tabulate_dominant(of, tmp_path).scores
+    whole = dict(scores.select("selection", "whole").unique().iter_rows())
+    assert whole == {"": "", "25%": "", "50%": "", "1 row": "rows", "1 column": "columns"}
+    write_dominant_report(of, tmp_path, **ABOUT)
+    drawn = (tmp_path / "figures" / "scores-by-count.svg").read_text(encoding="utf-8")
+    for named in ("Whole rows", "Whole columns", "Random places", "Ticket of another task"):
+        assert f">{named}<" in drawn
+    rows_alone = replace(of, selections=of.selections[2:])
+    write_search(tmp_path / "rows", rows_alone)
+    write_dominant_report(rows_alone, tmp_path / "rows", **ABOUT)
+    assert ">Random places<" in (tmp_path / "rows" / "figures" / "scores-by-count.svg").read_text(encoding="utf-8")
+
+
 def test_without_a_training_of_all_weights_there_is_no_share(tmp_path: Path) -> None:
     of = replace(search(2), controls=("random",))
     write_search(tmp_path, of)

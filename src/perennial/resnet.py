@@ -29,7 +29,8 @@ class BasicBlock(nn.Module):
 
 class ResNet18(nn.Module):
     """ResNet-18 for images of about 32 x 32: a 3x3 stem of stride 1 and no pooling behind it, as Dohare et al. (Nature,
-    2024) use it. Weights Kaiming-normal, the head as torch.nn.Linear draws it.
+    2024) use it. Weights are Kaiming-normal, those of the last layer without the factor for ReLU; its biases are zero.
+    The paper's convolutions have biases, which the batch normalisation behind each subtracts again; here are none.
 
     Args:
         classes: outputs.
@@ -52,6 +53,12 @@ class ResNet18(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        self.draw_head()
+
+    def draw_head(self) -> None:
+        """Draw the last layer anew."""
+        nn.init.kaiming_normal_(self.fc.weight, nonlinearity="linear")
+        nn.init.zeros_(self.fc.bias)
 
     def features(self, x: Tensor) -> Tensor:
         """Images [batch, 3, height, width] -> what the last layer reads, [batch, 8 width]."""

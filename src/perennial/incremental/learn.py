@@ -150,8 +150,7 @@ class Learner:
         if self.recipe.reset == "head":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(torch_seed(self.seed, f"head {self.increment}"))
-                fresh = nn.Linear(self.model.fc.in_features, self.model.fc.out_features)
-            self.model.fc.load_state_dict(fresh.state_dict())
+                self.model.draw_head()
             for parameter in self.model.fc.parameters():
                 self.optimizer.state.pop(parameter, None)
         for keeper in self.keepers:

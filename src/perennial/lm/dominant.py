@@ -60,7 +60,9 @@ class Selection:
     def __str__(self) -> str:
         if self.share is not None:
             return f"{100 * self.share:g}%"
-        return f"above {self.threshold:g}" if self.threshold is not None else f"{self.dimensions} {self.dims}"
+        if self.threshold is not None:
+            return f"above {self.threshold:g}"
+        return f"{self.dimensions} {self.dims if self.dimensions != 1 else self.dims.removesuffix('s')}"
 
     def masks(self, distances: Mapping[str, Tensor]) -> Masks:
         """The ticket."""

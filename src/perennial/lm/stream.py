@@ -142,7 +142,8 @@ class TextStream:
     def __post_init__(self) -> None:
         check_compared(self.methods, self.seeds)
         if isinstance(self.tasks, str) and self.tasks not in ORDERS:
-            raise ValueError(f"there is no order {self.tasks!r}; there are {', '.join(ORDERS)}, or name the tasks")
+            known = ", ".join(ORDERS)
+            raise ValueError(f"there is no order {self.tasks!r}; there are {known}; or list tasks, such as [glue/rte]")
         if len(set(self.names)) < len(self.names) or not self.names:
             raise ValueError(f"tasks is {list(self.names)}; each stands there once, and there is at least one")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from perennial.report.figures import LABEL, WIDE, heading
@@ -27,6 +28,10 @@ _KINDS = {
     "head": ("Classifier alone", KNOWN["linear"]),
 }
 """How a ticket and its controls are called and drawn."""
+
+
+_FILLS: dict[str, Literal["full", "top", "left"]] = {"": "full", "rows": "top", "columns": "left"}
+"""Markers of single weights, and of those that are chosen by whole rows or columns."""
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -107,16 +112,22 @@ def _by_count(tables: DominantTables) -> Drawing | None:
                 dash: Any = (0, look.dash) if look.dash else "solid"
                 handles.setdefault(label, axes.axhline(row["score"], color=look.colour, lw=1.1, ls=dash))
             curves = chosen.filter(pl.col("task") == task)
-            groups = [group.sort("trained") for _, group in curves.group_by("kind", "source", maintain_order=True)]
+            parts = curves.group_by("kind", "source", "whole", maintain_order=True)
+            groups = [group.sort("trained") for _, group in parts]
             for number, curve in enumerate(groups):
                 label, look = _KINDS[kind_of(curve.row(0, named=True))]
                 x = curve["trained"].to_numpy() * 10 ** (0.02 * (number - (len(groups) - 1) / 2))
                 if curve["score_low"].null_count() < curve.height:
                     low, high = (curve[f"score_{end}"].to_numpy().astype(float) for end in ("low", "high"))
                     axes.vlines(x, low, high, color=look.colour, lw=1, alpha=0.5)
-                (line,) = axes.plot(x, curve["score"].to_numpy(), color=look.colour, marker=look.marker, lw=1.7,
-                                    markersize=6, mec="white", mew=0.6)  # fmt: skip
-                handles.setdefault(label, line)
+                whole = curve["whole"][0]
+                kind: dict[str, Any] = {"color": look.colour, "marker": look.marker, "lw": 1.7, "markersize": 6}
+                axes.plot(x, curve["score"].to_numpy(), fillstyle=_FILLS[whole], mew=0.6,
+                          mec=look.colour if whole else "white", **kind)  # fmt: skip
+                handles.setdefault(label, Line2D([], [], mec="white", mew=0.6, **kind))
+                if whole:
+                    shape = Line2D([], [], color="#6b6b6b", marker="o", ls="", markersize=6, fillstyle=_FILLS[whole])
+                    handles.setdefault(f"Whole {whole}", shape)
             axes.xaxis.set_major_locator(LogLocator(10, subs=marks, numticks=12))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: examples(value)))
             axes.xaxis.set_minor_formatter(NullFormatter())

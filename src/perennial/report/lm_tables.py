@@ -188,9 +188,10 @@ class DominantTables:
     """Of a search for dominant tickets."""
 
     scores: pl.DataFrame
-    """A row a task, kind, source and selection: ``task``, ``kind``, ``source``, ``selection``, ``trained`` (weights,
-    without the classifier), ``share`` (of what ``full`` trains; None without one), ``score``, ``against_random`` and
-    ``against_full`` (paired by seed) with intervals, ``seeds``."""
+    """A row a task, kind, source and selection: ``task``, ``kind``, ``source``, ``selection``, ``whole`` (``rows`` or
+    ``columns`` where it takes those), ``trained`` (weights, without the classifier), ``share`` (of what ``full``
+    trains; None without one), ``score``, ``against_random`` and ``against_full`` (paired by seed) with intervals,
+    ``seeds``."""
     kept: pl.DataFrame
     """A row a task and matrix: ``task``, ``matrix``, ``moved`` (how many of its weights did, mean over seeds), ``size``
     (its weights) and ``share`` (of them that moved)."""
@@ -228,11 +229,13 @@ def tabulate_dominant(experiment: DominantTickets, directory: Path) -> DominantT
             for s, r in by_seed.items()
         ]
         trained = float(np.mean([r["trained"] for r in by_seed.values()]))
+        selection = experiment.selections[number] if source and kind != "find" else None
         about = {
             "task": task,
             "kind": kind,
             "source": source,
-            "selection": str(experiment.selections[number]) if source and kind != "find" else "",
+            "selection": "" if selection is None else str(selection),
+            "whole": "" if selection is None or selection.dimensions is None else selection.dims,
             "trained": int(trained),
             "share": trained / whole if whole else None,
             "seeds": len(by_seed),

@@ -108,8 +108,13 @@ def _parts(data: str, train: int | None, test: int | None) -> tuple[Tensor, Tens
 def _by_class(data: str, part: str, count: int | None) -> Tensor:
     """The first so many images of every class of a part: uint8 [classes, count, 3, 32, 32]."""
     found = images(data, part)
-    held = found.classes.bincount()
+    held = found.classes.bincount(minlength=len(images(data, "train").classes.bincount()))
     fewest = int(held.min())
+    if len(held) < 2 or not fewest:
+        which = (
+            f"class {int(held.argmin())} of {data} has no images in its {part} set" if len(held) > 1 else "it has one"
+        )
+        raise ValueError(f"class_pairs needs images of two classes and more, and of every class; {which}")
     if count is not None and count > fewest:
         raise ValueError(
             f"class_pairs needs {count} images of every class, but class {int(held.argmin())} of {data} has {fewest} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +38,7 @@ class DataSet:
     counts: tuple[int, int] | None
     """Images to train on and to test on; None where they vary between versions."""
     folders: tuple[str, ...]
-    """Names of its folder under ``PERENNIAL_DATA``; the first that is there is read."""
+    """Names of its folder under ``PERENNIAL_DATA``; the first that holds files of it is read."""
     stems: tuple[str, ...] = ("",)
     """What may stand before the names of IDX files."""
     hub: str | None = None
@@ -97,8 +98,9 @@ def images(name: str, part: str = "train") -> Images:
 
     Read from ``PERENNIAL_DATA/NAME``, either IDX (``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, for the
     test set ``t10k-...``, gzipped or not) or Parquet as on the Hugging Face hub (``train.parquet`` or
-    ``train-00000-of-00003.parquet``, for the test set ``test`` or ``validation``). What is not there is fetched from
-    the hub, and held against the hub's SHA-256 of it; files stay in the hub's own cache.
+    ``train-00000-of-00003.parquet``, for the test set ``test`` or ``validation``; in the folder or in one within it).
+    What is not there is fetched from the hub, and held against the hub's SHA-256 of it; files stay in the hub's own
+    cache, from where they are read the next time, without a network too.
 
     Args:
         name: one of :data:`DATA_SETS`.
@@ -114,20 +116,29 @@ def images(name: str, part: str = "train") -> Images:
         raise ValueError(f"part is {part!r}; it is one of {', '.join(_PARTS)}")
     data_set = DATA_SETS[name]
     number, idx, _ = _PARTS[part]
-    folder = _folder(data_set)
-    idx_files = _idx_files(data_set, folder, idx) if folder else None
-    parquet = _parquet_files(folder, part) if folder and not idx_files else []
+    idx_files, parquet = None, []
+    for folder in _folders(data_set):
+        idx_files = _idx_files(data_set, folder, idx)
+        parquet = [] if idx_files else _parquet_files(folder, part)
+        if idx_files or parquet:
+            break
     if idx_files:
         found = _read_pair(data_set, *idx_files)
     else:
-        found = Images(*read_pictures(parquet or _fetch(data_set, part), data_set.labels, data_set.shape))
-    if data_set.counts and len(found.classes) != data_set.counts[number]:
-        where = idx_files[0] if idx_files else parquet[0] if parquet else data_set.hub
-        raise ValueError(
-            f"{where} holds {len(found.classes)} images; the {part} set of {data_set.title} has "
-            f"{data_set.counts[number]}: it is another data set, or not all of it"
-        )
-    _check_classes(data_set, found.classes)
+        parquet = parquet or _fetch(data_set, part)
+        found = Images(*read_pictures(parquet, data_set.labels, data_set.shape, classes=data_set.classes))
+    if data_set.counts:
+        where = idx_files[0] if idx_files else parquet[0]
+        if len(found.classes) != data_set.counts[number]:
+            raise ValueError(
+                f"{where} holds {len(found.classes)} images; the {part} set of {data_set.title} has "
+                f"{data_set.counts[number]}: it is another data set, or not all of it"
+            )
+        if (kinds := len(found.classes.unique())) != data_set.classes:
+            raise ValueError(
+                f"{where} holds images of {kinds} classes; {data_set.title} has {data_set.classes}: it is another data "
+                "set"
+            )
     return found
 
 
@@ -137,9 +148,9 @@ def flat_images(name: str, part: str = "train") -> tuple[Tensor, Tensor]:
     return pixels.flatten(1), classes
 
 
-def _folder(data_set: DataSet) -> Path | None:
+def _folders(data_set: DataSet) -> list[Path]:
     base = data_folder()
-    return next((base / one for one in data_set.folders if (base / one).is_dir()), None) if base else None
+    return [base / one for one in data_set.folders if (base / one).is_dir()] if base else []
 
 
 def _idx_files(data_set: DataSet, folder: Path, begin: str) -> tuple[Path, Path] | None:
@@ -158,7 +169,8 @@ def _idx_files(data_set: DataSet, folder: Path, begin: str) -> tuple[Path, Path]
             if there[0] or there[1]:
                 missing = names[0] if there[1] else names[1]
                 raise FileNotFoundError(
-                    f"{data_set.title} is needed, but there is no {folder / missing}.gz; put the official file there"
+                    f"{data_set.title} is needed, but there is no {folder / missing}.gz beside {there[0] or there[1]}; "
+                    "put the official file there"
                 )
     return None
 
@@ -172,7 +184,16 @@ def _read_pair(data_set: DataSet, pictures: Path, labels: Path) -> Images:
         )
     if classes.dim() != 1 or len(classes) != len(pixels):
         raise ValueError(f"{labels} holds {tuple(classes.shape)} labels for the {len(pixels)} images in {pictures}")
+    if len(wrong := (classes >= data_set.classes).nonzero()):
+        at = int(wrong[0])
+        raise ValueError(
+            f"{labels} has the label {int(classes[at])} for image {at} (offset {8 + at}); labels of {data_set.title} "
+            f"are 0 to {data_set.classes - 1}: it is another data set"
+        )
     return Images(pixels[:, None], classes.to(torch.int64))
+
+
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 
 
 def _parquet_files(folder: Path, part: str) -> list[Path]:
@@ -181,31 +202,74 @@ def _parquet_files(folder: Path, part: str) -> list[Path]:
     Raises:
         FileNotFoundError: a shard of several is missing.
     """
-    for begin in _PARTS[part][2]:
-        if (whole := folder / f"{begin}.parquet").exists():
-            return [whole]
-        if shards := sorted(folder.glob(f"{begin}-*-of-*.parquet")):
-            count = int(shards[0].stem.rpartition("-")[2])
-            wanted = [folder / f"{begin}-{n:05d}-of-{count:05d}.parquet" for n in range(count)]
-            if missing := [path for path in wanted if not path.exists()]:
-                raise FileNotFoundError(f"{missing[0]} is missing: the {part} set comes in {count} files")
-            return wanted
+    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        for begin in _PARTS[part][2]:
+            if (whole := place / f"{begin}.parquet").exists():
+                return [whole]
+            sizes = [
+                _SHARD.fullmatch(path.stem.removeprefix(begin)) for path in sorted(place.glob(f"{begin}-*.parquet"))
+            ]
+            if count := next((int(size[1]) for size in sizes if size), 0):
+                wanted = [place / f"{begin}-{n:05d}-of-{count:05d}.parquet" for n in range(count)]
+                if missing := [path for path in wanted if not path.exists()]:
+                    raise FileNotFoundError(f"{missing[0]} is missing: the {part} set comes in {count} files")
+                return wanted
     return []
 
 
-def _fetch(data_set: DataSet, part: str) -> list[Path]:
-    """The Parquet files of one part from the hub, checked."""
+def _cached(hub: str, part: str) -> list[Path]:
+    """Files that were fetched before, as far as all of them are there and are what they were."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        found = _parquet_files(Path(snapshot_download(hub, repo_type="dataset", local_files_only=True)), part)
+    except (errors.LocalEntryNotFoundError, FileNotFoundError):
+        return []
+    for path in found:
+        digest = path.resolve().name  # the cache names large files by their SHA-256
+        if len(digest) == 64:
+            _check_digest(path, digest)
+    return found
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    with path.open("rb") as opened:
+        have = hashlib.file_digest(opened, "sha256").hexdigest()
+    if have != digest:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {have}, on the hub {digest}; delete it and try again")
+
+
+def _wanted(data_set: DataSet, part: str) -> tuple[str, str]:
+    """What is not there, and what to do about it."""
     base, own = data_folder(), data_set.folders[0]
-    file = f"{_PARTS[part][1]}-images-idx3-ubyte.gz" if data_set.shape[0] == 1 else f"{part}.parquet"
-    needed = f"{data_set.title} is needed, but there is no {base / own / file if base else f'{own}/{file}'}"
-    elsewhere = f"set the environment variable PERENNIAL_DATA to the folder that holds {own}/"
-    wanted = "put the official file there" if base else elsewhere
+    if data_set.shape[0] == 1:
+        begin = _PARTS[part][1]
+        stem = "" if data_set.counts else data_set.stems[1]
+        files = [f"{stem}{begin}-images-idx3-ubyte.gz", f"{stem}{begin}-labels-idx1-ubyte.gz"]
+        what = "the official files"
+    else:
+        files = [f"{part}.parquet"]
+        what = (
+            "the official file" if data_set.hub else "a Parquet file with pictures in the column image and their label"
+        )
+    needed = f"{data_set.title} is needed, but there is no {' and '.join(str(Path(own) / file) for file in files)}"
+    if base is None:
+        return needed, f"set the environment variable PERENNIAL_DATA to the folder that holds {own}/"
+    gone = "" if base.is_dir() else ", which does not exist"
+    return f"{needed} in {base} (PERENNIAL_DATA){gone}", f"put {what} there"
+
+
+def _fetch(data_set: DataSet, part: str) -> list[Path]:
+    """The Parquet files of one part from the hub, checked; from its cache, where they have been fetched before."""
+    needed, wanted = _wanted(data_set, part)
     if data_set.hub is None:
         raise FileNotFoundError(f"{needed}; {wanted}")
     try:
         from huggingface_hub import HfApi, errors, hf_hub_download
     except ImportError:
         raise FileNotFoundError(f"{needed}; {wanted}, or install huggingface_hub to have it fetched") from None
+    if cached := _cached(data_set.hub, part):
+        return cached
     try:
         every = HfApi().list_repo_tree(data_set.hub, repo_type="dataset", recursive=True, expand=False)
         entries = {e.path: e for e in every if e.path.endswith(".parquet")}
@@ -225,17 +289,6 @@ def _fetch(data_set: DataSet, part: str) -> list[Path]:
         raise FileNotFoundError(f"{needed}, and {data_set.hub} on the hub has no {part} files in Parquet; {wanted}")
     for path, entry in zip(paths, chosen, strict=True):
         digest = getattr(getattr(entries[entry], "lfs", None), "sha256", None)
-        with path.open("rb") as opened:
-            have = hashlib.file_digest(opened, "sha256").hexdigest()
-        if digest is not None and have != digest:
-            raise ValueError(f"{path} is damaged: its SHA-256 is {have}, on the hub {digest}; delete it and try again")
+        if digest is not None:
+            _check_digest(path, digest)
     return paths
-
-
-def _check_classes(data_set: DataSet, classes: Tensor) -> None:
-    wrong = (classes < 0) | (classes >= data_set.classes)
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"the label of {data_set.title}'s image {at} is {int(classes[at])}; labels are 0 to {data_set.classes - 1}"
-        )

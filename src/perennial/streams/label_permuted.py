@@ -105,12 +105,18 @@ def _features() -> tuple[Tensor, Tensor]:
     try:
         archive = np.load(path, allow_pickle=False)
         features, labels = archive["features"], archive["labels"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as an archive of features and labels: {error}") from error
+    except (KeyError, IndexError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} cannot be read as an archive of features and labels: {error}; write it with numpy.savez"
+        ) from error
     if features.ndim != 2 or features.shape[1] != 2048 or labels.shape != features.shape[:1]:
         raise ValueError(
             f"{path} holds features {features.shape} and labels {labels.shape}; they are [images, 2048] and [images]"
         )
+    if not len(labels):
+        raise ValueError(f"{path} holds no images")
+    if features.dtype.kind not in "fiu":
+        raise ValueError(f"{path} holds features of type {features.dtype}; they must be numbers")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 99:
         raise ValueError(f"{path} holds labels that are no whole numbers from 0 to 99")
     if not np.isfinite(features).all():
