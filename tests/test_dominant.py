@@ -121,16 +121,18 @@ OWN: dict[str, tuple[Make, Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.parametrize("metric", ["own", "bounded"])
 @pytest.mark.parametrize("start", ["now", "given", "zero"])
 @pytest.mark.parametrize("kind", OWN)
-def test_prox_is_the_exact_step_in_the_optimizers_metric(kind: str, start: str) -> None:
+def test_prox_is_the_exact_step_in_the_optimizers_metric(kind: str, start: str, metric: str) -> None:
     make, reference = OWN[kind]
     torch.manual_seed(1)
     p = nn.Parameter(torch.randn(40).double())
     others = torch.randn(40).double()
     origin = {"now": p.detach().clone(), "given": others, "zero": torch.zeros(40).double()}[start]
     optimizer = make([p])
-    prox = ProximalL1(optimizer, {"w": p}, 0.4, {"now": None, "given": {"w": others}, "zero": 0.0}[start])
+    starts = {"now": None, "given": {"w": others}, "zero": 0.0}
+    prox = ProximalL1(optimizer, {"w": p}, 0.4, starts[start], metric=metric)  # type: ignore[arg-type]
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
     w, state, lr, zeros = p.tolist(), {}, 0.1, 0
     for t in range(1, 13):
@@ -138,7 +140,8 @@ def test_prox_is_the_exact_step_in_the_optimizers_metric(kind: str, start: str) 
         backs = reference(w, p.grad.tolist(), lr, t, state)
         for i, back in enumerate(backs):
             d = w[i] - float(origin[i])
-            w[i] = float(origin[i]) + math.copysign(max(abs(d) - 0.4 * back, 0.0), d)
+            pull = min(0.4 * back, lr) if metric == "bounded" else 0.4 * back
+            w[i] = float(origin[i]) + math.copysign(max(abs(d) - pull, 0.0), d)
         optimizer.step()
         torch.testing.assert_close(p.detach(), torch.tensor(w, dtype=torch.float64), rtol=1e-11, atol=1e-12)
         at = torch.tensor(w, dtype=torch.float64) == origin
@@ -148,6 +151,17 @@ def test_prox_is_the_exact_step_in_the_optimizers_metric(kind: str, start: str) 
         schedule.step()
     assert zeros > 0
     prox.remove()
+
+
+def test_a_bounded_pull_leaves_what_has_had_no_gradient_yet() -> None:
+    values = torch.linspace(-1, 1, 8)
+    for metric, left in (("own", 0.0), ("bounded", 0.99)):
+        p = nn.Parameter(values.clone())
+        optimizer = Adam([p], lr=0.01)
+        ProximalL1(optimizer, {"w": p}, 1e-4, 0.0, metric=metric)
+        p.grad = torch.zeros(8)
+        optimizer.step()
+        assert float(p.detach().max()) == pytest.approx(left)
 
 
 @pytest.mark.parametrize("make", [lambda p: NAdam(p, lr=0.1), lambda p: Adam(p, lr=0.1)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -52,8 +54,17 @@ class TextTask:
         for part in ("train", "test"):
             if not getattr(self, part):
                 raise ValueError(f"task {self.name} has no {part} examples")
+        if self.score not in get_args(Score):
+            raise ValueError(f"score of task {self.name} is {self.score!r}; it is one of {', '.join(get_args(Score))}")
+        if (self.score == "pearson") == bool(self.labels):
+            raise ValueError(
+                f"task {self.name} has {len(self.labels)} labels and the score {self.score}: a regression, which has "
+                "none, is scored by pearson, and nothing else is"
+            )
         for part in ("train", "validation", "test"):
             for at, example in enumerate(getattr(self, part)):
+                if not self.labels and not _is_number(example.label):
+                    raise ValueError(f"task {self.name}, {part} example {at}: {example.label!r} is no number")
                 if self.labels and example.label not in self.labels:
                     raise ValueError(
                         f"task {self.name}, {part} example {at}: the label is {example.label!r}, which is none of "
@@ -86,19 +97,30 @@ class TextTask:
 
     def grade(self, answers: Sequence[str], examples: Sequence[Example]) -> float:
         """How good answers are: the share of exact matches after :func:`normalised`, or a correlation, which is 0
-        where one side does not vary. An answer that is no number is read as 0 in a regression."""
+        where one side does not vary. An answer that is no number is read as 0 in a regression, one that is no label is
+        wrong. Matthews' correlation is that of Gorodkin (2004), which of two labels is the usual one.
+
+        Raises:
+            ValueError: no examples.
+        """
+        if not examples:
+            raise ValueError(f"there are no examples of {self.name} to grade answers by")
         if self.score == "accuracy":
             right = [normalised(a) == normalised(e.label) for a, e in zip(answers, examples, strict=True)]
             return sum(right) / len(right)
         if self.score == "pearson":
             given, true = [_number(a) for a in answers], [float(e.label) for e in examples]
         else:
-            place = {normalised(label): float(i) for i, label in enumerate(self.labels)}
-            given = [place.get(normalised(a), 0.0) for a in answers]
-            true = [place[normalised(e.label)] for e in examples]
+            places = {normalised(label): at for at, label in enumerate(self.labels)}
+            kinds = np.eye(len(places) + 1)  # the last: what is no label
+            one = kinds[[places.get(normalised(a), -1) for a in answers]]
+            other = kinds[[places[normalised(e.label)] for e in examples]]
+            first, second = one - one.mean(0), other - other.mean(0)
+            size = float(np.sqrt((first**2).sum() * (second**2).sum()))
+            return float((first * second).sum()) / size if size else 0.0
         if np.ptp(given) == 0 or np.ptp(true) == 0:
             return 0.0
-        return float(np.corrcoef(given, true)[0, 1])  # of two classes, Matthews' is Pearson's
+        return float(np.corrcoef(given, true)[0, 1])
 
 
 INSTRUCTIONS: Mapping[str, str] = {
@@ -267,10 +289,11 @@ def from_rows(
             texts, label = [str(row[c]) for c in columns], row["label"]
         except KeyError as error:
             raise ValueError(f"{where}, row {at} has no {error}; it has {', '.join(row)}") from None
-        if labels and isinstance(label, int):
-            if not 0 <= label < len(labels):
+        if labels and isinstance(label, Integral):
+            number = int(label)
+            if not 0 <= number < len(labels):
                 raise ValueError(f"{where}, row {at}: the label is {label}; labels are 0 to {len(labels) - 1}")
-            label = labels[label]
+            label = labels[number]
         found.append(Example(texts[0], str(label), texts[1] if len(texts) > 1 else None))
     return found
 
@@ -310,7 +333,11 @@ def _json(path: Path) -> Any:
 
 
 def _number(text: str) -> float:
+    return float(text) if _is_number(text) else 0.0
+
+
+def _is_number(text: str) -> bool:
     try:
-        return float(text)
+        return math.isfinite(float(text))
     except ValueError:
-        return 0.0
+        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +50,8 @@ def adapted(base: nn.Module, config: Any, name: str = "default") -> Any:
         return get_peft_model(base, config, adapter_name=name)
 
 
-STACKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-"""The :class:`~perennial.lm.AdapterStack` of a model."""
+STACK = "_perennial_stack"
+"""Attribute of a model that names its :class:`~perennial.lm.AdapterStack`."""
 
 
 def pairs_of(model: nn.Module) -> list[Pair]:
@@ -60,20 +59,26 @@ def pairs_of(model: nn.Module) -> list[Pair]:
     active adapters, of which those that are trained are new (one a matrix) and the others old.
 
     Raises:
-        ValueError: no adapter is trained.
+        ValueError: no adapter is trained, or its update is not :math:`s B A`.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    if not isinstance(model, PeftModel):
-        model = getattr(model, "module", model)  # DDP's
-    if (stack := STACKS.get(model)) is not None:
+    while not isinstance(model, PeftModel):  # what DDP and torch.compile wrap
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    if (stack := getattr(model, STACK, None)) is not None:
         known: list[Pair] = stack.pairs()
         return known
     found = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            acting = [factors_of(module, a) for a in module.active_adapters if a in module.lora_A]
+            names = [a for a in module.active_adapters if a in module.lora_A]
+            if any(getattr(module, "use_dora", {}).get(a) for a in names):
+                raise ValueError(f"{name} has DoRA, whose update is not s B A: penalties are on plain LoRA")
+            acting = [factors_of(module, a) for a in names]
             new = [f for f in acting if f.down.requires_grad]
             old = [f.down.detach() for f in acting if not f.down.requires_grad]
             found += [Pair(name, one, torch.cat(old) if old else None) for one in new[:1]]

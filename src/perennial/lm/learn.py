@@ -239,7 +239,7 @@ class _Learner:
         """Go on from there."""
         done = int(folder.name.partition("-")[2])
         if self.recipe.trains.startswith("adapter"):
-            self.stack = AdapterStack.load(folder, self.model, heads=self.reader.heads)
+            self.stack = AdapterStack.load(folder, self.model)
             self.model = self.stack.model
         else:
             self.model.load_state_dict(read_tensors(folder / "weights.pt"))
@@ -329,17 +329,15 @@ def train(
             callbacks=[Pulse(), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
-        if reader.loss is not None:
-            trainer.loss_is_scaled_for_ga = False  # the reader's loss is a mean over the batch
+        if not reader.adds_up:
+            trainer.loss_is_scaled_for_ga = False
         if penalties:
             trainer.penalty = lambda of: torch.stack([one(of) for one in penalties]).sum()
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    by_step = torch.stack(losses).float().unflatten(0, (steps, training.accumulate))
-    # a model that counts the items of a whole step gives each batch its part of the step's loss
-    whole = by_step.sum(1) if reader.loss is None and training.accumulate > 1 else by_step.mean(1)
-    return whole.tolist(), seconds
+    by_batch = torch.stack(losses).float().unflatten(0, (steps, training.accumulate))
+    return (by_batch.sum(1) if reader.adds_up else by_batch.mean(1)).tolist(), seconds
 
 
 def stack_measures(stack: AdapterStack) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def collision(one: Mapping[str, Tensor], other: Mapping[str, Tensor], threshold:
     _same(one, other)
     both, expected, total = 0, 0.0, 0
     for module, update in one.items():
-        first, second = update.abs() > threshold, other[module].abs() > threshold
+        first, second = (t if t.dtype == torch.bool else t.abs() > threshold for t in (update, other[module]))
         both += int((first & second).sum())
         expected += int(first.sum()) * int(second.sum()) / first.numel()
         total += first.numel()

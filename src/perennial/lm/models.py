@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,12 @@ def load_model(
 
     Raises:
         ModelError: there is no such model, the hub cannot be reached, or it is of another family.
+        ValueError: two tasks of one name, which would share their columns.
     """
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks are called {', '.join(names)}; each needs a name of its own")
+    import safetensors
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -91,7 +96,7 @@ def load_model(
                 reader, model = Seq2Seq(tokenizer, max_length), AutoModelForSeq2SeqLM.from_pretrained(place)
             else:
                 reader, model = Causal(tokenizer, max_length), AutoModelForCausalLM.from_pretrained(place)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"the model {name!r} cannot be had: {first}. Name a folder that holds config.json, the weights and the "
@@ -113,6 +118,9 @@ class Reader(ABC):
     family: Family
     heads: tuple[str, ...] = ()
     """Names of the modules that are new, and so trained beside any adapter."""
+    adds_up: ClassVar[bool] = True
+    """Whether the losses of the batches of an optimizer step, as a Trainer has them, add up to the step's. If not, set
+    ``trainer.loss_is_scaled_for_ga = False`` where gradients are accumulated."""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer = tokenizer
@@ -128,7 +136,7 @@ class Reader(ABC):
 
     @property
     def loss(self) -> Callable[..., Tensor] | None:
-        """The Trainer's ``compute_loss_func``: the mean over examples; None where the model's own loss will do."""
+        """The Trainer's ``compute_loss_func``, :func:`choice_loss`; None where the model's own loss will do."""
         return None
 
     @torch.no_grad()
@@ -210,6 +218,10 @@ class Encoder(Reader):
         others, or the value of a regression."""
         labels = torch.full((len(asked), len(self.columns)), math.nan)
         for row, (task, example) in zip(labels, asked, strict=True):
+            if unknown := [key for key in self._keys(task) if key not in self.columns]:
+                raise ValueError(f"the model has no column for {unknown[0]}: it was loaded for other tasks")
+            if task.labels and example.label not in task.labels:
+                raise ValueError(f"the label {example.label!r} is none of {task.name}'s: {', '.join(task.labels)}")
             if task.labels:
                 row[self._open(task)] = 0.0
                 row[self.columns[self._keys(task)[task.labels.index(example.label)]]] = 1.0
@@ -233,7 +245,14 @@ class Encoder(Reader):
 
 def choice_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """The mean over examples of the cross-entropy among the columns that are not NaN in ``labels``, or, of an example
-    that has one such column alone, of the squared error."""
+    that has one such column alone, of the squared error.
+
+    Args:
+        outputs: of the model, with ``logits`` [examples, columns].
+        labels: float [examples, columns], as :meth:`Encoder.batch` has them.
+        num_items_in_batch: entries of the labels of all batches of an optimizer step, as a Trainer counts them; the
+            losses of the batches then add up to the mean over the step's examples. None: the mean of this batch.
+    """
     logits = outputs.logits.float()
     labels = labels.to(logits.device, logits.dtype)
     mine = ~labels.isnan()
@@ -241,13 +260,15 @@ def choice_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
     squared = torch.where(mine, logits - labels.nan_to_num(), 0.0).square().sum(1)
     # not infinity: where every other column is closed, a regression's, its gradient would be NaN times 0
     cross = F.cross_entropy(logits.masked_fill(~mine, -1e30), labels.nan_to_num().argmax(1), reduction="none")
-    return (values * squared + (1 - values) * cross).mean()
+    each = values * squared + (1 - values) * cross
+    return each.mean() if num_items_in_batch is None else each.sum() / (num_items_in_batch / labels.shape[1])
 
 
 class Seq2Seq(Reader):
     """A model with encoder and decoder, which answers in words."""
 
     family = "seq2seq"
+    adds_up = False  # transformers 5.24: a Trainer takes T5 and BART to scale their loss, and they take their own mean
 
     def batch(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
         inputs = dict(self.tokenizer(self._prompts(asked), padding=True, return_tensors="pt"))
@@ -310,8 +331,9 @@ def _generated(model: Any, tokenizer: Any, inputs: Any, task: TextTask, begin: i
 
 
 def trained_modules(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of modules whose qualified name ends with one of some names, by name."""
+    """The parameters, but those of adapters, of modules whose qualified name ends with one of some names, by name."""
     for name, module in model.named_modules():
         if any(name == n or name.endswith(f".{n}") for n in names):
             for inner, parameter in module.named_parameters():
-                yield f"{name}.{inner}", parameter
+                if "lora_" not in inner:
+                    yield f"{name}.{inner}", parameter

@@ -7,6 +7,7 @@ gradients are accumulated over k batches a plain loop adds it once, or divides b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -46,6 +47,11 @@ def _with_gradients(value: Tensor, params: Sequence[Tensor], grads: Sequence[Ten
     return found
 
 
+def _check_strength(owner: object, name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} of {type(owner).__name__} is {value!r}; it is a number from 0")
+
+
 @dataclass(frozen=True)
 class Penalty:
     """Base: the sum of :meth:`of` over the adapted matrices, by ``strength``."""
@@ -56,8 +62,7 @@ class Penalty:
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
-            raise ValueError(f"strength of {type(self).__name__} is {self.strength}; it is a number from 0")
+        _check_strength(self, "strength", self.strength)
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The penalty of a model's current adapter: float32, []."""
@@ -65,8 +70,11 @@ class Penalty:
 
     def on(self, pairs: Sequence[Pair]) -> Tensor:
         """The penalty of given matrices."""
-        found = [self.of(pair) for pair in pairs]
-        return self.strength * torch.stack(found).sum()
+        if not pairs:
+            raise ValueError(f"there are no adapted matrices for {type(self).__name__} to act on")
+        with torch.autocast(pairs[0].new.down.device.type, enabled=False):
+            found = [self.of(pair) for pair in pairs]
+            return self.strength * torch.stack(found).sum()
 
     def of(self, pair: Pair) -> Tensor:
         """Of one matrix, before the strength: float32, []."""
@@ -84,8 +92,9 @@ class NLoRA(Penalty):
 
     The subgradient of an adaptive optimizer gives no exact zeros. ``form="factors"`` penalises
     :math:`\lVert A \rVert_1 + \lVert B \rVert_1` instead, whose proximal step does: do not add it to the loss, but
-    attach :meth:`proximal` to the optimizer. ``form="published"`` is what the published code computes: the sum over the
-    :math:`r \times r` product :math:`A B`, which exists only where a matrix is square.
+    attach :meth:`proximal` to the optimizer (of a Trainer after ``trainer.create_optimizer()``). ``"published"`` is
+    what the published code computes: the sum over the :math:`r \times r` product :math:`A B`, which exists only where a
+    matrix is square.
     """
 
     form: Literal["update", "factors", "published"] = "update"
@@ -122,7 +131,7 @@ class NLoRA(Penalty):
 
     def proximal(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
         """Take the proximal step of the factor form after each step of an optimizer, exact zeros included; the handle
-        has ``remove()``. See :class:`perennial.tickets.ProximalL1`."""
+        has ``remove()``. A pull is at most the step size: see ``bounded`` of :class:`perennial.tickets.ProximalL1`."""
         from perennial.tickets import ProximalL1
 
         if self.form != "factors":
@@ -130,7 +139,7 @@ class NLoRA(Penalty):
         params: dict[str, Tensor] = {}
         for pair in pairs_of(model):
             params |= {f"{pair.module}.A": pair.new.down, f"{pair.module}.B": pair.new.up}
-        return ProximalL1(optimizer, params, self.strength, start=0.0)
+        return ProximalL1(optimizer, params, self.strength, start=0.0, metric="bounded")
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,10 @@ class OLoRA(Penalty):
     normalize: bool = False
     """Rows of length 1."""
     name: ClassVar[str] = "olora"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_strength(self, "norm_strength", self.norm_strength)
 
     def of(self, pair: Pair) -> Tensor:
         down = _wide(pair.new.down)
@@ -218,8 +231,7 @@ class ElasticWeights:
     """
 
     def __init__(self, strength: float) -> None:
-        if not strength >= 0:
-            raise ValueError(f"strength of ElasticWeights is {strength}; it is a number from 0")
+        _check_strength(self, "strength", strength)
         self.strength = strength
         self.fisher: dict[str, Tensor] = {}
         """By parameter name, its shape."""
@@ -228,13 +240,19 @@ class ElasticWeights:
 
     def __call__(self, model: nn.Module) -> Tensor:
         held = dict(model.named_parameters())
+        if gone := [name for name in self.fisher if name not in held]:
+            raise ValueError(
+                f"the model has no {gone[0]} any more, which is to be kept: elastic weight consolidation is of "
+                "parameters that are trained throughout, such as one adapter for all tasks"
+            )
         found = [(self.fisher[n] * (_wide(held[n]) - self.anchor[n]).square()).sum() for n in self.fisher]
         device = next(iter(held.values())).device
         return self.strength / 2 * torch.stack(found).sum() if found else torch.zeros((), device=device)
 
     def consolidate(self, model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> None:
         """Add the diagonal Fisher information of a task: the mean over examples of the squared gradient of the loss on
-        the right label (the empirical Fisher); ``losses``: one function an example."""
+        the right label (the empirical Fisher), without dropout; ``losses``: one function an example."""
+        training = model.training
         model.eval()
         held = {n: p for n, p in model.named_parameters() if p.requires_grad}
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in held.items()}
@@ -246,6 +264,7 @@ class ElasticWeights:
         for name, p in held.items():
             self.fisher[name] = self.fisher.get(name, torch.zeros_like(total[name])) + total[name]
             self.anchor[name] = p.detach().float().clone()
+        model.train(training)
 
 
 class PenaltyMixin:

@@ -17,8 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
-from perennial.lm.factors import STACKS, Factors, Pair, adapted, factors_of
+from perennial.lm.factors import STACK, Factors, Pair, adapted, factors_of
 from perennial.lm.models import ModelError, trained_modules
 from perennial.storage import RunError, read_json, write, write_json
 
@@ -32,9 +33,9 @@ class AdapterStack:
         stack = AdapterStack(base, LoraConfig(r=8, lora_alpha=32, target_modules=["query", "value"]))
         for task in tasks:
             model = stack.begin(task.name)
-            ...                            # train model: a loop or a Trainer with stack.callback()
+            ...                            # with a fresh optimizer: a loop, or a Trainer with stack.callback()
             stack.save("adapters")
-        stack = AdapterStack.load("adapters", base)
+        stack = AdapterStack.load("adapters", base)      # base as it was before the first task
 
     Nothing of ``peft`` is changed: :attr:`model` is an ordinary ``PeftModel``, each saved adapter an ordinary folder of
     ``PeftModel.from_pretrained``.
@@ -45,18 +46,26 @@ class AdapterStack:
         Args:
             base: a model of transformers. It is changed in place: layers get adapters, and with ``merge`` its weights
                 the earlier updates.
-            config: of every adapter; ``target_modules`` must be in the model. Give no ``task_type``: peft would then
-                copy the classifier for each adapter and use the first copy alone.
+            config: of every adapter, plain LoRA on matrices; ``target_modules`` must be in the model.
             merge: earlier adapters are added to the base's weights when the next begins. The same function up to
                 rounding, at the cost of one adapter however many tasks there were (and no dropout on earlier ones).
             heads: modules by name that are trained beside the adapters, such as ``classifier``.
+
+        Raises:
+            ValueError: a configuration of which peft takes one adapter alone, or whose update is not :math:`s B A`; a
+                base that has adapters already.
+            ModelError: the model has no such head.
         """
+        _check_config(config)
+        if hasattr(base, "peft_config"):
+            raise ValueError("the base model has adapters already; give it as it was before the first task")
+        if unknown := [name for name in heads if not any(trained_modules(base, [name]))]:
+            raise ModelError(f"heads names {unknown[0]!r}, and no module of the model that has parameters is called so")
         self.base, self.config, self.merge, self.heads = base, config, merge, tuple(heads)
         self.names: list[str] = []
         """Adapters, oldest first; the last is current."""
         self._model: PeftModel | None = None
         self._merged: dict[str, dict[str, Tensor]] = {}
-        self._old: dict[str, list[Tensor]] = {}
         self._pairs: list[Pair] | None = None
 
     @property
@@ -82,12 +91,14 @@ class AdapterStack:
             try:
                 self._model = adapted(self.base, copy.deepcopy(self.config), name)
             except ValueError as error:
-                layers = [n.rpartition(".")[2] for n, m in self.base.named_modules() if isinstance(m, nn.Linear)]
+                kinds = (nn.Linear, Conv1D)
+                layers = [n.rpartition(".")[2] for n, m in self.base.named_modules() if isinstance(m, kinds)]
                 raise ModelError(
                     f"target_modules {self.config.target_modules} cannot be adapted: {error} The model's linear layers "
                     f"are called {', '.join(dict.fromkeys(layers)) or 'nothing: there are none'}"
                 ) from error
-            STACKS[self._model] = self
+            setattr(self._model, STACK, self)
+            self._check_layers()
         else:
             self._model.add_adapter(name, copy.deepcopy(self.config))
         if before is not None:
@@ -100,8 +111,6 @@ class AdapterStack:
         return self._model
 
     def _retire(self, name: str) -> None:
-        for module, factors in self.factors(name).items():
-            self._old.setdefault(module, []).append(factors.down.detach().clone())
         if self.merge:
             self._merged[name] = self.state(name)
             with torch.no_grad():
@@ -109,6 +118,24 @@ class AdapterStack:
                     if name in layer.lora_A:
                         weight = layer.get_base_layer().weight
                         weight.copy_(weight + layer.get_delta_weight(name).to(weight.dtype))
+
+    def _check_layers(self) -> None:
+        """That what is adapted is a matrix of its own."""
+        owners: dict[int, list[str]] = {}
+        for name, module in self.base.named_modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(name)
+        for name, layer in self._layers().items():
+            base = layer.get_base_layer()
+            if not isinstance(base, nn.Linear | Conv1D):
+                raise ModelError(
+                    f"target_modules name {name}, which is {type(base).__name__}; a stack adapts linear layers"
+                )
+            if self.merge and len(shared := owners[id(base.weight)]) > 1:
+                raise ModelError(
+                    f"the weights of {name} are tied to those of {' and '.join(o for o in shared if o not in name)}, "
+                    "which merging would change as well; leave it out of target_modules, or take merge=False"
+                )
 
     def activate(self) -> None:
         """See that the current adapter and the heads are trained and all others act, frozen: after anything that may
@@ -127,17 +154,17 @@ class AdapterStack:
     def pairs(self) -> list[Pair]:
         """The current adapter's matrices with what earlier ones have there."""
         if self._pairs is None:
-            current = self.factors(self.names[-1], detach=False)
-            self._pairs = [
-                Pair(module, new, torch.cat(self._old[module]) if self._old.get(module) else None)
-                for module, new in current.items()
-            ]
+            current = self.factors(self.model.active_adapter, detach=False)  # the model says if there is none
+            earlier = [self.factors(name) for name in self.names[:-1]]
+            self._pairs = []
+            for module, new in current.items():
+                old = [factors[module].down.to(new.down) for factors in earlier if module in factors]
+                self._pairs.append(Pair(module, new, torch.cat(old) if old else None))
         return self._pairs
 
     def factors(self, name: str, *, detach: bool = True) -> dict[str, Factors]:
-        """An adapter's matrices by module, those of merged adapters too."""
-        if name not in self.names:
-            raise ValueError(f"there is no adapter {name!r}; there are {', '.join(self.names) or 'none'}")
+        """An adapter's matrices by module, those of merged adapters too. ValueError: there is none."""
+        self._check_name(name)
         found = {}
         for module, layer in self._layers().items():
             if name in layer.lora_A:
@@ -150,8 +177,13 @@ class AdapterStack:
             found[module] = Factors(here.down.detach(), here.up.detach(), here.scaling) if detach else here
         return found
 
+    def _check_name(self, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(f"there is no adapter {name!r}; there are {', '.join(self.names) or 'none'}")
+
     def state(self, name: str) -> dict[str, Tensor]:
-        """A copy of an adapter's tensors, by the names under which peft saves them."""
+        """A copy of an adapter's tensors, by the names under which peft saves them. ValueError: there is none."""
+        self._check_name(name)
         if name in self._merged:
             return self._merged[name]
         found = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
@@ -163,8 +195,13 @@ class AdapterStack:
         return merged
 
     def callback(self) -> TrainerCallback:
-        """For a Trainer: after it resumed, which brings back the first adapter alone, all act again; heads, which it
-        does not save beside adapters, are saved and restored."""
+        """For a Trainer, which saves and resumes the adapters that are not merged, and lets the first alone act again.
+
+        After it all act, and heads, which a Trainer does not save beside adapters, are restored. In a new process build
+        the stack first as it was: ``AdapterStack.load`` with the earlier adapters, then ``begin``. Merged adapters that
+        are not those with which the checkpoint was made are refused with a RunError, and so is a checkpoint without
+        heads; ``load_best_model_at_end``, which does not know adapters of several names, with a ValueError.
+        """
         return _StackCallback(self)
 
     def save(self, folder: str | Path) -> None:
@@ -173,24 +210,31 @@ class AdapterStack:
         Layout: ``stack.json`` names for each adapter a folder ``NAME-DIGEST`` as ``peft`` lays it out.
         """
         folder = Path(folder)
-        places = {}
+        places, configs = {}, {}
         for name in self.names:
-            data = safetensors.torch.save({k: t.contiguous() for k, t in self.state(name).items()}, {"format": "pt"})
+            data = self._bytes(name)
             places[name] = f"{name}-{_digest(data)}"
-            if not (folder / places[name] / peft.utils.SAFETENSORS_WEIGHTS_NAME).exists():
-                write(folder / places[name] / peft.utils.SAFETENSORS_WEIGHTS_NAME, data)
-                self.model.peft_config[self.names[-1]].save_pretrained(str(folder / places[name]))
+            place = folder / places[name]
+            if not all((place / file).exists() for file in (_CONFIG, _WEIGHTS)):
+                self.model.peft_config[self.names[-1]].save_pretrained(str(place))
+                write(place / _WEIGHTS, data)
+            configs[name] = _digest((place / _CONFIG).read_bytes())
         heads = safetensors.torch.save({name: p.detach().cpu().contiguous() for name, p in self._head_parameters()})
         write(folder / (file := f"heads-{_digest(heads)}.safetensors"), heads)
-        write_json(folder / "stack.json", {"adapters": places, "heads": file, "merge": self.merge})
+        index = {"adapters": places, "configs": configs, "heads": file, "head_modules": self.heads, "merge": self.merge}
+        write_json(folder / "stack.json", index)
         for path in folder.iterdir():  # what an earlier save wrote of the adapter that is still current
             if path.is_dir() and path.name not in places.values() and path.name[:-17] in self.names:
                 shutil.rmtree(path)
             elif path.name.startswith("heads-") and path.name != file:
                 path.unlink()
 
+    def _bytes(self, name: str) -> bytes:
+        """An adapter as a safetensors file."""
+        return safetensors.torch.save({k: t.contiguous() for k, t in self.state(name).items()}, {"format": "pt"})
+
     @classmethod
-    def load(cls, folder: str | Path, base: nn.Module, *, heads: Sequence[str] = ()) -> AdapterStack:
+    def load(cls, folder: str | Path, base: nn.Module) -> AdapterStack:
         """The stack that was saved, on a base model as it was before the first task; the last adapter is current.
 
         Raises:
@@ -198,15 +242,24 @@ class AdapterStack:
             RunError: a file is missing, cut short or changed, or belongs to another model; says which.
         """
         folder = Path(folder)
-        index = read_json(folder / "stack.json")
+        try:
+            index = read_json(folder / "stack.json")
+        except ValueError as error:
+            raise RunError(
+                f"{folder / 'stack.json'} is damaged or cut short: {error}; restore it, or save anew"
+            ) from error
         if index is None:
             raise FileNotFoundError(f"{folder} holds no saved stack: there is no stack.json")
+        if not isinstance(index, dict) or (missing := _INDEX - index.keys()):
+            what = f"{', '.join(sorted(missing))} is missing" if isinstance(index, dict) else "it is no record"
+            raise RunError(f"{folder / 'stack.json'} was not written by AdapterStack.save: {what}")
         stack: AdapterStack | None = None
         for name, place in index["adapters"].items():
-            state = _checked(folder / place / peft.utils.SAFETENSORS_WEIGHTS_NAME, place[-16:])
+            state = safetensors.torch.load(_checked(folder / place / _WEIGHTS, place[-16:]))
+            _checked(folder / place / _CONFIG, index["configs"][name])
             config = LoraConfig.from_pretrained(str(folder / place))
             config.inference_mode = False
-            stack = stack or cls(base, config, merge=index["merge"], heads=heads)
+            stack = stack or cls(base, config, merge=index["merge"], heads=index["head_modules"])
             model = stack.begin(name)
             expected = {k: t.shape for k, t in stack.state(name).items()}
             if expected != {k: t.shape for k, t in state.items()}:
@@ -214,7 +267,9 @@ class AdapterStack:
             set_peft_model_state_dict(model, state, adapter_name=name)
         if stack is None:
             raise RunError(f"{folder / 'stack.json'} names no adapter")
-        stack._load_heads(_checked(folder / index["heads"], index["heads"].removesuffix(".safetensors")[-16:]))
+        saved = _checked(folder / index["heads"], index["heads"].removesuffix(".safetensors")[-16:])
+        stack._load_heads(safetensors.torch.load(saved))
+        stack._pairs = None
         return stack
 
     def _load_heads(self, saved: Mapping[str, Tensor]) -> None:
@@ -238,25 +293,72 @@ class _StackCallback(TrainerCallback):
         self.stack = stack
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.stack.heads:
-            data = {name: p.detach().cpu().contiguous() for name, p in self.stack._head_parameters()}
-            write(self._file(args, state), safetensors.torch.save(data))
+        if state.is_world_process_zero:
+            place = self._place(args, state)
+            heads = {name: p.detach().cpu().contiguous() for name, p in self.stack._head_parameters()}
+            write(place / "heads.safetensors", safetensors.torch.save(heads))
+            write_json(place / "earlier.json", self._earlier())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step and self.stack.heads and (path := self._file(args, state)).exists():
-            self.stack._load_heads(safetensors.torch.load(path.read_bytes()))
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end would bring back nothing of a stack of adapters; leave it out, and load the "
+                "best checkpoint's adapters yourself"
+            )
+        if state.global_step:
+            place = self._place(args, state)
+            if not (place / "heads.safetensors").exists():
+                raise RunError(
+                    f"{place} holds no heads.safetensors, which the stack's callback saves: resume from a checkpoint "
+                    "in the Trainer's own output_dir that was made with the callback"
+                )
+            if self.stack.merge and (made := read_json(place / "earlier.json")) != self._earlier():
+                raise RunError(
+                    f"{place} was made on the merged adapters {', '.join(made or {}) or 'none'}, and this stack has "
+                    "others, or others of these names: build it with AdapterStack.load and begin(), then resume"
+                )
+            self.stack._load_heads(safetensors.torch.load((place / "heads.safetensors").read_bytes()))
         self.stack.activate()
 
+    def _earlier(self) -> dict[str, str]:
+        """Digests of all adapters but the current."""
+        return {name: _digest(self.stack._bytes(name)) for name in self.stack.names[:-1]}
+
     @staticmethod
-    def _file(args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "heads.safetensors"
+    def _place(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+_WEIGHTS, _CONFIG = peft.utils.SAFETENSORS_WEIGHTS_NAME, peft.utils.CONFIG_NAME
+_INDEX = {"adapters", "configs", "heads", "head_modules", "merge"}
+
+
+def _check_config(config: LoraConfig) -> None:
+    """Refuse what a stack of adapters cannot be made of; peft itself says so only at the second, or not at all."""
+    wanted: dict[str, Any] = {
+        "task_type": None, "modules_to_save": None, "trainable_token_indices": None, "bias": "none", "use_dora": False,
+        "lora_bias": False, "target_parameters": None, "layer_replication": None, "use_qalora": False,
+        "use_bdlora": None, "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None,
+        "monteclora_config": None, "velora_config": None,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        if (given := getattr(config, name, value)) != value and given:
+            extra = "; name what else is trained in heads=" if name in ("task_type", "modules_to_save") else ""
+            raise ValueError(
+                f"{name} of the LoraConfig is {given!r}; a stack's adapters are plain LoRA, {value!r}{extra}"
+            )
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"init_lora_weights is {config.init_lora_weights!r}, which changes the base's weights as well; a stack's "
+            "adapters begin at an update of zero: True, 'gaussian' or 'eva'"
+        )
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _checked(path: Path, digest: str) -> dict[str, Tensor]:
+def _checked(path: Path, digest: str) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -266,4 +368,4 @@ def _checked(path: Path, digest: str) -> dict[str, Tensor]:
             f"{path} was cut short or changed: its SHA-256 begins with {_digest(data)}, not {digest}. The other "
             "adapters are intact; restore this one"
         )
-    return safetensors.torch.load(data)
+    return data

@@ -89,6 +89,8 @@ class Recipe:
         self.optimizer([nn.Parameter(torch.zeros(2, 2))], 1e-3)
         if self.replay < 0 or self.ewc < 0:
             raise ValueError(f"replay is {self.replay} and ewc {self.ewc}; both are at least 0")
+        if self.ewc and self.trains == "adapter_each":
+            raise ValueError("ewc is of weights that are trained throughout: trains is adapter_one, all or osf")
         if self.penalties and not self.trains.startswith("adapter"):
             raise ValueError(f"penalties are on adapters' updates, and trains is {self.trains!r}")
 

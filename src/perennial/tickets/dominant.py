@@ -51,7 +51,10 @@ class ProximalL1:
         params: by name; the optimizer holds them, and they stay the same objects.
         strength: :math:`\lambda`, from 0; an attribute, which may be changed between steps.
         start: :math:`\theta_0` by name, taken in the parameter's type; None: the values now; or one number for all.
-        metric: ``own``: the above; ``plain``: :math:`r = \eta\lambda` with any optimizer.
+        metric: ``own``: the above; ``bounded``: the same, at most :math:`\eta`, as far as one step of Adam goes;
+            ``plain``: :math:`r = \eta\lambda` with any optimizer. Where weights are not at the start that they are
+            pulled to, take ``bounded``: one that has had no gradient yet, such as LoRA's A while B is zero, is pulled
+            all the way in a single step otherwise.
 
     Raises:
         ValueError: an optimizer whose metric is not known, parameters that it does not hold, a start that is missing or
@@ -68,9 +71,9 @@ class ProximalL1:
         metric: str = "own",
     ) -> None:
         bare = bare_optimizer(optimizer)
-        if metric not in ("own", "plain"):
-            raise ValueError(f"metric is {metric!r}; it is 'own', the optimizer's, or 'plain'")
-        if metric == "own" and not isinstance(bare, _OWN):
+        if metric not in ("own", "bounded", "plain"):
+            raise ValueError(f"metric is {metric!r}; it is 'own', the optimizer's, 'bounded' or 'plain'")
+        if metric != "plain" and not isinstance(bare, _OWN):
             raise ValueError(
                 f"the metric that {type(bare).__name__} steps in is not known; there are Adam, AdamW, RMSprop, Adagrad "
                 'and SGD. Take one of these, or metric="plain", which pulls by lr * strength'
@@ -86,6 +89,7 @@ class ProximalL1:
                 )
         self.strength = strength
         self._plain = metric == "plain" or isinstance(bare, SGD)
+        self._bounded = metric == "bounded"
         self._params = dict(params)  # held, so that no other object gets one of their ids
         self._starts = {id(p): _start_of(name, p, start).clone() for name, p in params.items()}
         self._hook = bare.register_step_post_hook(self._after)
@@ -113,6 +117,7 @@ class ProximalL1:
                 wide, back = _wide(p), group["lr"] * self.strength
                 if not self._plain:
                     back = back / _scale(optimizer, group, optimizer.state[p])
+                    back = back.clamp(max=group["lr"]) if self._bounded else back
                 if overflow is not None:
                     back = torch.where(overflow == 0, back, 0.0)
                 p.copy_(L1Init(rate=back).nearer(wide, self._starts[id(p)].to(wide.dtype)))
