@@ -47,6 +47,7 @@ from perennial.metrics import (
     singular_values,
     stable_rank_fro,
     weight_magnitude,
+    weight_norm_l2,
     window_means,
 )
 from perennial.units import Nonlinearity, observe, trace
@@ -279,6 +280,7 @@ def test_distances_and_gradient_norms() -> None:
     assert float(gradient_norm_l0(g)) == 0.5
     assert float(gradient_norm_l1(g)) == 7
     assert float(gradient_norm_l2(g)) == 5
+    assert float(weight_norm_l2(g)) == 5
     with pytest.raises(ValueError, match="c is in one alone"):
         distance_l1(now, {**start, "c": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"w is \[1, 2\] in the one and \[3\] in the other"):

@@ -215,6 +215,39 @@ def test_any_metric_of_units_features_and_weights_can_be_asked_for(activation: s
             assert float(value[number]) == pytest.approx(float(function(taken, **bounds)), rel=1e-9, abs=1e-12), name
 
 
+@pytest.mark.parametrize("steps", [0, 7, 130])
+def test_gradients_are_measured_on_the_last_steps_examples(steps: int) -> None:
+    population = populate([sgd(0), sgd(1)])
+    population.advance(steps)
+    names = ["gradient_norm_l0", "gradient_norm_l1", "gradient_norm_l2"]
+    before = population.state_dict()
+    values = population.measure(names)
+    assert all(torch.equal(before[name], tensor) for name, tensor in population.state_dict().items())
+    begin = max(0, steps - 100)
+    inputs, targets = population.feed.examples(begin, max(1, steps - begin))
+    for number in range(2):
+        model = MLP(hidden=SIZES[1:-1]).build(SIZES[0], SIZES[-1])
+        model.load_state_dict(dict(lane(population, number).params))
+        found = []
+        for x, y in zip(inputs[..., number], targets[..., number], strict=True):
+            model.zero_grad()
+            (model(x) - y).square().sum(-1).mean().backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found.append([float(metrics.METRICS[name].function(gradients)) for name in names])
+        expected = torch.tensor(found).mean(0)
+        for name, value in zip(names, expected.tolist(), strict=True):
+            assert float(values[name][number]) == pytest.approx(value, rel=1e-4), name
+
+
+def test_more_is_measured_where_it_is_asked_for() -> None:
+    table = populate([sgd(0)]).run(20, bin=10, measures=["rank_99", "gradient_norm_l2", "dead_units"])
+    counts = table.group_by("metric").len()
+    assert dict(counts.iter_rows())["rank_99"] == dict(counts.iter_rows())["gradient_norm_l2"] == 2
+    assert table.filter(table["metric"] == "dead_units").height == 2
+    with pytest.raises(ValueError, match=r"does not measure 'stable_rank'; .*what Dohare et al. .* is rank_99"):
+        populate([sgd(0)]).run(20, bin=10, measures=["stable_rank"])
+
+
 def test_collect_gives_means_and_starts_anew() -> None:
     population = populate([sgd(0)])
     losses = []

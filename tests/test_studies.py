@@ -102,6 +102,8 @@ MISTAKES = [
     ("steps: 400", "steps: many", "line 3", "integer"),
     ("bin: 100", "bin: 500", "line 4", "longer than the run of 400 steps"),
     ("bin: 100", "bin: 100\nmeasure_every: 150", "line 5", "multiple of bin"),
+    ("bin: 100", "bin: 100\nmeasures: [rank_98]", "line 5", "did you mean 'rank_99'"),
+    ("bin: 100", "bin: 100\nmeasures: [stable_rank]", "line 5", "call stable rank is rank_99"),
     ("bin: 100", "bin: 100\njudged_by: dead_unit", "line 5", "did you mean 'dead_units'?"),
     ("bin: 100", "bin: 100\ndtype: float16", "line 5", "float64"),
     ("seeds: 2", "seeds: 0", "line 5", "at least one seed"),

@@ -46,9 +46,11 @@ from perennial.metrics.weights import (
     gradient_norm_l1,
     gradient_norm_l2,
     weight_magnitude,
+    weight_norm_l2,
 )
 
 __all__ = [
+    "AMBIGUOUS",
     "METRICS",
     "Metric",
     "UnitStatistics",
@@ -82,6 +84,7 @@ __all__ = [
     "singular_values",
     "stable_rank_fro",
     "weight_magnitude",
+    "weight_norm_l2",
     "window_means",
 ]
 

@@ -92,6 +92,7 @@ def _all() -> tuple[Metric, ...]:
         Metric("rank_99_energy", "Rank, 99% of their squares", ranks.rank_99_energy, "features", 0, inf, "higher"),
         Metric("numerical_rank", "Numerical rank", ranks.numerical_rank, "features", 0, inf, "higher"),
         Metric("weight_magnitude", "Mean weight magnitude", weights.weight_magnitude, "weights", 0, inf, "lower"),
+        Metric("weight_norm_l2", "Weight norm, L2", weights.weight_norm_l2, "weights", 0, inf, "lower"),
         Metric("distance_l2", "L2 distance", weights.distance_l2, "change", 0, inf, "neither"),
         Metric("distance_l1", "L1 distance", weights.distance_l1, "change", 0, inf, "neither"),
         Metric("gradient_norm_l0", "Gradient entries not zero", weights.gradient_norm_l0, "gradients", 0, 1, "higher"),
@@ -140,7 +141,7 @@ AMBIGUOUS = {
     "fraction_of_active_units": "it is feature_activity",
     "gradient_norm": "there are gradient_norm_l0, gradient_norm_l1 and gradient_norm_l2",
     "l2_distance": "it is distance_l2",
-    "weight_norm": "weight_magnitude is the mean absolute value; distance_l2 from zeros is the norm",
+    "weight_norm": "weight_magnitude is the mean absolute value, weight_norm_l2 the Euclidean norm",
     "collisions": "collision_rate is the share of parameters, collision_ratio that by its value for chance",
 }
 """Words that the literature uses for several metrics or for one under another name, and where they lead."""

@@ -29,6 +29,21 @@ def weight_magnitude(weights: Tensors) -> Tensor:
     return _total([w.abs().sum(dtype=wide_dtype(w)) for w in given]) / sum(w.numel() for w in given)
 
 
+def weight_norm_l2(weights: Tensors) -> Tensor:
+    r"""Euclidean norm of all weights and biases, :math:`\sqrt{\sum_i w_i^2}`.
+
+    Source: Elsayed and Mahmood (ICLR 2024), figure of diagnostics. Their L1 norm is :func:`weight_magnitude` times the
+    number of parameters.
+
+    Args:
+        weights: parameters of any shapes, in order or by name.
+
+    Returns:
+        [], float64.
+    """
+    return _total([w.to(wide_dtype(w)).square().sum() for w in _listed(weights, "weights")]).sqrt()
+
+
 def distance_l2(weights: Tensors, start: Tensors) -> Tensor:
     r"""Euclidean distance from other weights, as the start: :math:`\sqrt{\sum_i (w_i - w_i^0)^2}`.
 

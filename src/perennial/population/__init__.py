@@ -1,6 +1,6 @@
 """Many runs as one compiled program."""
 
 from perennial.population.lanes import Lane, LaneState
-from perennial.population.population import MEASURED, Population
+from perennial.population.population import MEASURABLE, MEASURED, Population
 
-__all__ = ["MEASURED", "Lane", "LaneState", "Population"]
+__all__ = ["MEASURABLE", "MEASURED", "Lane", "LaneState", "Population"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from perennial import metrics, networks
@@ -31,6 +31,15 @@ _CHUNK_BYTES = 1 << 25
 
 MEASURED = ("dead_units", "weight_magnitude", "effective_rank_entropy", "units_replaced")
 """What :meth:`Population.measure` says if not asked for anything else, besides what methods measure."""
+
+MEASURABLE = (
+    *(name for name, m in metrics.METRICS.items() if m.of in ("units", "features", "weights", "gradients")),
+    "units_replaced",
+)
+"""What it can be asked for, besides."""
+
+_GRADIENT_STEPS = 100
+"""Steps over whose examples metrics of gradients are means."""
 
 
 class Population:
@@ -609,16 +618,17 @@ class Population:
 
         Args:
             names: ``"units_replaced"``, what the lanes' interventions measure (their ``MEASURES``), and any of
-                :data:`~perennial.metrics.METRICS` that is taken of units, of features (those of the last hidden layer)
-                or of weights. None: ``MEASURED`` and the interventions' measures.
+                :data:`~perennial.metrics.METRICS` that is taken of units, of features (those of the last hidden layer),
+                of weights, or of gradients (the mean over the last hundred steps' examples of that of the loss on
+                each). None: ``MEASURED`` and the interventions' measures.
             samples: inputs.
 
         Raises:
             ValueError: something else is asked for.
         """
-        told = [name for method in self.lanes[0].interventions for name in method.MEASURES]
+        told = self._told_names()
         asked = (*MEASURED, *told) if names is None else tuple(names)
-        self._check_names(asked, told)
+        self.check_measures(asked)
         gone = self.inapplicable(asked)
         wanted = [name for name in asked if name not in gone]
         kinds = {name: metrics.METRICS[name].of for name in wanted if name in metrics.METRICS}
@@ -639,6 +649,8 @@ class Population:
                 found |= vmap(one, in_dims=-1)(
                     self.state.params, self.state.buffers, probe.index_select(-1, self._lane_seed[: len(self.lanes)])
                 )
+        if of_gradients := [name for name, kind in kinds.items() if kind == "gradients"]:
+            found |= self._of_gradients(of_gradients)
         if set(told) & set(wanted):
             found |= self._told()
         diverged = self.state.diverged >= 0
@@ -657,12 +669,34 @@ class Population:
                 seen.append(metrics.UnitStatistics.of(h, gram=name == "duplicate_units", **bounds))
         return metric.function(seen)
 
-    def _check_names(self, asked: Sequence[str], told: Sequence[str]) -> None:
-        known = [name for name, metric in metrics.METRICS.items() if metric.of in ("units", "features", "weights")]
+    def _of_gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Metrics of the gradient of the loss on a step's examples, means over the last steps, [lanes]."""
+        begin = max(0, self.steps_made - _GRADIENT_STEPS)
+        steps = self._batches(begin, max(1, self.steps_made - begin))
+        state = self._sums()
+
+        def one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            gradients = grad(lambda p: self._loss(self._output(p, buffers, x), y))(params)
+            return {name: metrics.METRICS[name].function(gradients) for name in names}
+
+        total = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=self.device))
+        with evaluating(self.model):
+            for example in steps:
+                values = vmap(one, in_dims=-1)(state.params, state.buffers, *example)
+                total = {name: value + values[name] for name, value in total.items()}
+        return {name: value[: len(self.lanes)] / len(steps) for name, value in total.items()}
+
+    def check_measures(self, asked: Sequence[str]) -> None:
+        """ValueError: one of some names is nothing that :meth:`measure` gives."""
+        told = self._told_names()
         for name in asked:
-            if name not in (*known, *told, "units_replaced"):
-                listed = ", ".join([*known, "units_replaced", *told])
-                raise ValueError(f"a population does not measure {name!r}; it measures {listed}")
+            if name not in (*MEASURABLE, *told):
+                hint = f"; {metrics.AMBIGUOUS[name]}" if name in metrics.AMBIGUOUS else ""
+                listed = ", ".join([*MEASURABLE, *told])
+                raise ValueError(f"a population does not measure {name!r}; it measures {listed}{hint}")
+
+    def _told_names(self) -> list[str]:
+        return [name for method in self.lanes[0].interventions for name in method.MEASURES]
 
     def _told(self) -> dict[str, Tensor]:
         """What the interventions have measured, [lanes]."""
@@ -691,13 +725,14 @@ class Population:
                     found[name] = reasons[0]
         return found
 
-    def run(self, steps: int, *, bin: int, measure_every: int | None = None) -> Any:
+    def run(self, steps: int, *, bin: int, measure_every: int | None = None, measures: Sequence[str] = ()) -> Any:
         """Train for ``steps`` steps and return a tidy polars table.
 
         Args:
             steps: at least ``bin``.
             bin: steps over which online loss and accuracy are averaged.
             measure_every: steps between diagnostics; None: every bin.
+            measures: what :meth:`measure` is asked for besides the usual.
 
         Returns:
             Columns ``lane``, ``seed``, ``metric``, ``step`` (steps made at the end of the bin) and ``value``.
@@ -705,7 +740,7 @@ class Population:
         import polars
 
         rows: list[dict[str, Any]] = []
-        for step, values in self.records(steps, bin=bin, measure_every=measure_every or bin):
+        for step, values in self.records(steps, bin=bin, measure_every=measure_every or bin, measures=measures):
             for name, lanes in values.items():
                 for number, value in enumerate(lanes.tolist()):
                     rows.append(
@@ -714,7 +749,13 @@ class Population:
         return polars.DataFrame(rows)
 
     def records(
-        self, steps: int, *, bin: int, measure_every: int, pulse: Callable[[int], None] = lambda step: None
+        self,
+        steps: int,
+        *,
+        bin: int,
+        measure_every: int,
+        measures: Sequence[str] = (),
+        pulse: Callable[[int], None] = lambda step: None,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Train up to ``steps`` steps in all and yield (step, {metric: [lanes]}) at the end of every bin.
 
@@ -724,12 +765,15 @@ class Population:
             steps: steps in all, at least ``bin``.
             bin: steps over which online loss and accuracy are averaged.
             measure_every: steps between diagnostics, a multiple of ``bin``; the end is always measured.
+            measures: what :meth:`measure` is asked for besides the usual.
             pulse: called with the steps made, between the chunks of a bin: a place to save, or to stop by raising.
         """
         if not 1 <= bin <= steps:
             raise ValueError(f"bin is {bin}; it must be at least 1 and at most the {steps} steps of the run")
         if measure_every % bin:
             raise ValueError(f"measure_every is {measure_every}; it must be a multiple of bin, {bin}")
+        asked = list(dict.fromkeys((*MEASURED, *self._told_names(), *measures)))
+        self.check_measures(asked)
         chunk = self.chunk_length()
         while (done := self.steps_made) < steps:
             begin = done // bin * bin
@@ -742,7 +786,7 @@ class Population:
                     pulse(done)
             values = self.collect(end - begin)
             if end % measure_every == 0 or end == steps:
-                values |= self.measure()
+                values |= self.measure(asked)
             yield end, values
 
     # --- saving -----------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def _by_count(tables: DominantTables) -> Drawing | None:
             groups = [group.sort("trained") for _, group in parts]
             for number, curve in enumerate(groups):
                 label, look = _KINDS[kind_of(curve.row(0, named=True))]
-                x = curve["trained"].to_numpy() * 10 ** (0.02 * (number - (len(groups) - 1) / 2))
+                x = curve["trained"].to_numpy() * 10 ** (0.012 * (number - (len(groups) - 1) / 2))
                 if curve["score_low"].null_count() < curve.height:
                     low, high = (curve[f"score_{end}"].to_numpy().astype(float) for end in ("low", "high"))
                     axes.vlines(x, low, high, color=look.colour, lw=1, alpha=0.5)

@@ -99,7 +99,8 @@ def run_job(
             last_report = now
 
     every = part.measure_every or part.bin
-    for step, values in population.records(part.steps, bin=part.bin, measure_every=every, pulse=pulse):
+    records = population.records(part.steps, bin=part.bin, measure_every=every, measures=part.measures, pulse=pulse)
+    for step, values in records:
         for metric, numbers in values.items():
             for variant, lane, value in zip(variants, lanes, numbers.tolist(), strict=True):
                 rows.append(

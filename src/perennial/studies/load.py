@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from perennial.population import MEASURED
+from perennial.metrics import AMBIGUOUS
+from perennial.population import MEASURABLE, MEASURED
 from perennial.streams import PermutedMNIST
 from perennial.studies.schema import (
     ArrivingStudy,
@@ -154,6 +155,9 @@ def _check_supply(study: SupplyStudy) -> None:
                 f"supply.checkpoints has {step}; it must end a task of {stream.task_length()} steps and a bin of "
                 f"{life.bin}"
             )
+    for name in ("measure_every", "measures", "plasticity_every", "judged_by"):
+        if getattr(life, name):
+            raise StudyError(f"life.{name}: a life is looked at at its checkpoints, by what supply says; leave it out")
     if checkpoints[-1] != life.steps:
         raise StudyError(f"life.steps is {life.steps}; it must be the last of supply.checkpoints, {checkpoints[-1]}")
 
@@ -399,10 +403,14 @@ def _check(key: str, part: Part) -> None:
 
 
 def _check_metric(part: Part, variants: Sequence[Variant], where: str) -> None:
-    """That every method has what the part is judged by."""
+    """That every method has what the part is judged by, and that what is to be measured can be."""
+    for name in part.measures:
+        if name not in MEASURABLE:
+            hint = AMBIGUOUS.get(name) or nearest(name, MEASURABLE)
+            raise StudyError(f"{where}.measures names {name!r}, which a population does not measure; {hint}")
     if part.judged_by is None:
         return
-    every = ["online_loss", *MEASURED]
+    every = ["online_loss", *MEASURED, *part.measures]
     every += ["online_accuracy"] if stream_of(part, where).task == "classification" else []
     every += ["sample_plasticity"] if part.plasticity_every else []
     every += ["test_accuracy"] if stream_of(part, where).holds_out else []

@@ -64,6 +64,8 @@ class Part(_Strict):
     """Steps over which online loss and accuracy are averaged."""
     measure_every: int | None = Field(default=None, gt=0)
     """Steps between diagnostics, a multiple of ``bin``; every bin if left out."""
+    measures: list[str] = Field(default_factory=list)
+    """Diagnostics besides the usual ones: names of metrics of units, features, weights and gradients."""
     plasticity_every: int | None = Field(default=None, gt=0)
     """Steps between samples at which the sample plasticity is taken; never if left out."""
     dtype: Literal["float32", "float64"] = "float32"
