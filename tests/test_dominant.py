@@ -546,6 +546,12 @@ def test_indices_that_are_none_are_refused(indices: list[Any], values: int) -> N
         SparseDelta({"w": Changed(torch.tensor(indices), torch.zeros(values), (2, 3), "")})
 
 
+def test_a_start_that_is_no_copy_is_refused() -> None:
+    model = net()
+    with pytest.raises(ValueError, match=r"the start of 0\.weight is the trained weight itself; keep a copy"):
+        SparseDelta.between(model, model.state_dict())
+
+
 def test_files_that_are_no_delta_are_refused_in_words(tmp_path: Path) -> None:
     model = net()
     with torch.no_grad():

@@ -748,7 +748,9 @@ def test_the_guide_runs() -> None:
 
 
 @slow
-def test_the_command_line_runs_a_small_stream(folders: dict[str, str], texts: Path) -> None:
+def test_the_command_line_runs_a_small_stream(
+    folders: dict[str, str], texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from perennial.lm import Adapters
     from perennial.runs import execute
 
@@ -763,6 +765,10 @@ def test_the_command_line_runs_a_small_stream(folders: dict[str, str], texts: Pa
     execute(study, texts / "run", workers=1)
     found = json.loads((texts / "run/each-0/results.json").read_text())
     assert found["finished"]
+    monkeypatch.setenv("PERENNIAL_DATA", str(texts / "gone"))
+    for tasks in (["yelp"], ["WiC"]):  # one that failed for want of data is not in the way of the next
+        with pytest.raises((RunError, FileNotFoundError), match="are needed"):
+            execute(load("lm/order1", changes | {"texts.tasks": tasks}), texts / "other", workers=1)
     with pytest.raises(RunError, match="holds a run of another study"):
         execute(load("lm/order1", changes | {"steps": 3}), texts / "run", workers=1)
     assert Adapters() == Adapters(8, 32.0, 0.1, ("query", "value"))

@@ -136,7 +136,7 @@ class Reader(ABC):
 
     @property
     def loss(self) -> Callable[..., Tensor] | None:
-        """The Trainer's ``compute_loss_func``, :func:`choice_loss`; None where the model's own loss will do."""
+        """A Trainer's ``compute_loss_func``: :func:`~perennial.lm.models.choice_loss`, or None: the model's own."""
         return None
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ def choice_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
 
     Args:
         outputs: of the model, with ``logits`` [examples, columns].
-        labels: float [examples, columns], as :meth:`Encoder.batch` has them.
+        labels: float [examples, columns], as :meth:`perennial.lm.Encoder.batch` has them.
         num_items_in_batch: entries of the labels of all batches of an optimizer step, as a Trainer counts them; the
             losses of the batches then add up to the mean over the step's examples. None: the mean of this batch.
     """

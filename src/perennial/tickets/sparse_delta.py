@@ -74,7 +74,7 @@ class SparseDelta:
                 the base model draws anew.
 
         Raises:
-            ValueError: a name that either side lacks, another shape or type.
+            ValueError: a name that either side lacks, another shape or type, a start that is no copy.
         """
         held = dict(bare_model(model).named_parameters() if isinstance(model, nn.Module) else model)
         complete, found = set(whole), {}
@@ -86,6 +86,8 @@ class SparseDelta:
             trained = held[name].detach()
             same_shape(name, start, trained, "the start")
             before = start[name].detach().to(trained.device)
+            if before.data_ptr() == trained.data_ptr() and trained.numel() and name not in complete:
+                raise ValueError(f"the start of {name} is the trained weight itself; keep a copy, weight.detach().clone()")
             if before.dtype != trained.dtype:
                 raise ValueError(f"{name} is {trained.dtype}, its start {before.dtype}; keep the start in that type")
             moved = (_bits(trained) != _bits(before)) | (name in complete)
