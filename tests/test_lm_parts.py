@@ -160,6 +160,43 @@ def test_scores() -> None:
     assert graded.grade(["1", "2", "4"], [Example("", v) for v in ("2", "4", "8")]) == pytest.approx(1.0)
 
 
+def test_matthews_of_several_labels_is_gorodkins() -> None:
+    task = dataclasses.replace(text_task(), score="matthews")
+    truth = ["red", "red", "green", "green", "blue", "blue"]
+    answers = ["red", "green", "green", "green", "blue", "none of them"]
+    # c = 4 of s = 6 are right, t = 2, 2, 2 are true, p = 1, 3, 1 and 1 other are answered:
+    # (c s - sum p t) / sqrt((s^2 - sum p^2) (s^2 - sum t^2))
+    expected = (4 * 6 - (1 * 2 + 3 * 2 + 1 * 2)) / math.sqrt((36 - (1 + 9 + 1 + 1)) * (36 - 12))
+    assert task.grade(answers, [Example("", label) for label in truth]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="no examples of colour"):
+        task.grade([], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "f1"}, "score of task colour is 'f1'; it is one of accuracy, matthews, pearson"),
+        ({"score": "pearson"}, "3 labels and the score pearson: a regression"),
+        ({"labels": ()}, "0 labels and the score accuracy: a regression, which has none, is scored by pearson"),
+        ({"labels": (), "score": "pearson"}, "colour, train example 0: 'red' is no number"),
+    ],
+)
+def test_tasks_whose_score_does_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(text_task(), **change)
+
+
+def test_a_reader_refuses_what_its_model_has_no_answer_for(folders: dict[str, str]) -> None:
+    task = text_task()
+    _, reader = load_model(folders["encoder"], [task])
+    with pytest.raises(ValueError, match="the label 'pink' is none of colour's: red, green, blue"):
+        reader.batch([Asked(task, Example("a", "pink"))])
+    with pytest.raises(ValueError, match=r"no column for \('size', .*it was loaded for other tasks"):
+        reader.batch([Asked(text_task("size"), text_task("size").train[0])])
+    with pytest.raises(ValueError, match="tasks are called colour, colour; each needs a name of its own"):
+        load_model(folders["encoder"], [task, task])
+
+
 def test_orders_are_permutations_of_the_fifteen_tasks() -> None:
     assert {len(set(ORDERS[f"order{i}"])) for i in (1, 2, 3)} == {4}
     assert len({frozenset(ORDERS[f"order{i}"]) for i in (4, 5, 6)}) == 1
@@ -221,6 +258,8 @@ def test_choice_loss_is_the_cross_entropy_among_a_tasks_own_answers() -> None:
     (true,) = torch.autograd.grad(expected, logits)
     assert torch.allclose(grad, true, atol=1e-7)
     assert torch.isfinite(grad).all()
+    parts = [choice_loss(SimpleNamespace(logits=logits[at]), labels[at], 18) for at in (slice(0, 1), slice(1, 3))]
+    assert torch.allclose(parts[0] + parts[1], expected)  # as a Trainer accumulates: 18 entries in the step's labels
 
 
 @pytest.mark.parametrize(("head", "columns", "opened"), [("task", 7, 2), ("union", 5, 5)])
@@ -350,7 +389,14 @@ def test_the_published_form_needs_square_matrices() -> None:
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(lambda: NLoRA(-1.0), "-1.0; it is a number from 0"), (lambda: NLoRA(1.0, form="x"), "form is 'x'")],  # type: ignore[arg-type]
+    [
+        (lambda: NLoRA(-1.0), "-1.0; it is a number from 0"),
+        (lambda: NLoRA("1e-4"), "strength of NLoRA is '1e-4'"),  # type: ignore[arg-type]
+        (lambda: OLoRA(math.inf), "strength of OLoRA is inf"),
+        (lambda: OLoRA(1.0, norm_strength=-1.0), "norm_strength of OLoRA is -1.0"),
+        (lambda: NLoRA(1.0, form="x"), "form is 'x'"),  # type: ignore[arg-type]
+        (lambda: NLoRA(1.0).on([]), "no adapted matrices for NLoRA"),
+    ],
 )
 def test_bad_penalties(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -384,6 +430,10 @@ def test_a_model_without_a_stack(folders: dict[str, str]) -> None:
         assert pair.new.down is layer.lora_A["second"].weight
         assert torch.equal(pair.old, layer.lora_A["first"].weight)  # type: ignore[arg-type]
     assert OLoRA(1.0)(nn.DataParallel(model)) == OLoRA(1.0)(model)
+    other, _ = load_model(folders["causal"], [text_task()])
+    dora = get_peft_model(other, LoraConfig(target_modules=["q_proj"], use_dora=True))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has DoRA, whose update is not s B A"):
+        NLoRA(1.0)(dora)
 
 
 def test_elastic_weights_pull_by_the_fisher_information() -> None:
@@ -397,9 +447,12 @@ def test_elastic_weights_pull_by_the_fisher_information() -> None:
     grads = [2 * (x @ at.T) * x for x in xs]
     fisher = torch.stack([g.square() for g in grads]).mean(0)
     assert torch.allclose(elastic.fisher["weight"], fisher)
+    assert model.training
     with torch.no_grad():
         model.weight += 0.1
     assert torch.allclose(elastic(model), 1.5 * (fisher * 0.01).sum())
+    with pytest.raises(ValueError, match="the model has no weight any more"):
+        elastic(nn.Sequential(nn.Linear(2, 1, bias=False)))
 
 
 # Measures
@@ -440,6 +493,8 @@ def test_collisions_by_hand() -> None:
     assert found.floor == pytest.approx((2 * 3 / 4 + 1 * 1 / 2) / 6)
     assert collision(one, other).rate == pytest.approx(2 / 6)
     assert math.isnan(collision({"a": torch.zeros(2)}, {"a": torch.ones(2)}).ratio)
+    masks = [{k: t.abs() > 0.5 for k, t in update.items()} for update in (one, other)]
+    assert collision(masks[0], masks[1]) == found
     with pytest.raises(ValueError, match="different modules"):
         collision(one, {"a": one["a"]})
     rms = math.sqrt(sum(float(t.square().sum()) for u in (one, other) for t in u.values()) / 12)
