@@ -372,8 +372,10 @@ def test_modules_that_no_stack_can_adapt_are_refused(folders: dict[str, str]) ->
         AdapterStack(stack.base, stack.config)
     with pytest.raises(ValueError, match="heads names 'clasifier'"):
         AdapterStack(started(folders)[0].base, stack.config, heads=["clasifier"])
+    base = started(folders)[0].base
     with pytest.raises(ModelError, match=r"word_embeddings, which is Embedding; a stack adapts linear layers"):
-        AdapterStack(started(folders)[0].base, LoraConfig(target_modules=["word_embeddings", "query"])).begin("one")
+        AdapterStack(base, LoraConfig(target_modules=["word_embeddings", "query"])).begin("one")
+    AdapterStack(base, stack.config).begin("one")  # the base is as it was
     base = started(folders, "seq2seq")[0].base
     base.lm_head.weight = base.shared.weight  # type: ignore[union-attr]
     tied = LoraConfig(target_modules=["q", "lm_head"])

@@ -89,7 +89,7 @@ class AdapterStack:
         before = self.names[-1] if self.names else None
         if self._model is None:
             try:
-                self._model = adapted(self.base, copy.deepcopy(self.config), name)
+                model = adapted(self.base, copy.deepcopy(self.config), name)
             except ValueError as error:
                 kinds = (nn.Linear, Conv1D)
                 layers = [n.rpartition(".")[2] for n, m in self.base.named_modules() if isinstance(m, kinds)]
@@ -97,12 +97,13 @@ class AdapterStack:
                     f"target_modules {self.config.target_modules} cannot be adapted: {error} The model's linear layers "
                     f"are called {', '.join(dict.fromkeys(layers)) or 'nothing: there are none'}"
                 ) from error
-            setattr(self._model, STACK, self)
-            self._check_layers()
+            self._check_layers(model)
+            setattr(model, STACK, self)
+            self._model = model
         else:
             self._model.add_adapter(name, copy.deepcopy(self.config))
-        if before is not None:
-            self._retire(before)
+        if before is not None and self.merge:
+            self._add_to_base(before)
         self.names.append(name)
         if before is not None and self.merge:
             self.activate()  # the current one must act before the one before can go
@@ -110,32 +111,33 @@ class AdapterStack:
         self.activate()
         return self._model
 
-    def _retire(self, name: str) -> None:
-        if self.merge:
-            self._merged[name] = self.state(name)
-            with torch.no_grad():
-                for layer in self._layers().values():
-                    if name in layer.lora_A:
-                        weight = layer.get_base_layer().weight
-                        weight.copy_(weight + layer.get_delta_weight(name).to(weight.dtype))
+    def _add_to_base(self, name: str) -> None:
+        self._merged[name] = self.state(name)
+        with torch.no_grad():
+            for layer in _layers(self.model).values():
+                if name in layer.lora_A:
+                    weight = layer.get_base_layer().weight
+                    weight.copy_(weight + layer.get_delta_weight(name).to(weight.dtype))
 
-    def _check_layers(self) -> None:
-        """That what is adapted is a matrix of its own."""
+    def _check_layers(self, model: PeftModel) -> None:
+        """That what is adapted is a matrix of its own; otherwise the base is as it was."""
         owners: dict[int, list[str]] = {}
         for name, module in self.base.named_modules():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), []).append(name)
-        for name, layer in self._layers().items():
+        wrong = ""
+        for name, layer in _layers(model).items():
             base = layer.get_base_layer()
             if not isinstance(base, nn.Linear | Conv1D):
-                raise ModelError(
-                    f"target_modules name {name}, which is {type(base).__name__}; a stack adapts linear layers"
-                )
-            if self.merge and len(shared := owners[id(base.weight)]) > 1:
-                raise ModelError(
+                wrong = f"target_modules name {name}, which is {type(base).__name__}; a stack adapts linear layers"
+            elif self.merge and len(shared := owners[id(base.weight)]) > 1:
+                wrong = (
                     f"the weights of {name} are tied to those of {' and '.join(o for o in shared if o not in name)}, "
                     "which merging would change as well; leave it out of target_modules, or take merge=False"
                 )
+        if wrong:
+            model.unload()
+            raise ModelError(wrong)
 
     def activate(self) -> None:
         """See that the current adapter and the heads are trained and all others act, frozen: after anything that may
@@ -166,7 +168,7 @@ class AdapterStack:
         """An adapter's matrices by module, those of merged adapters too. ValueError: there is none."""
         self._check_name(name)
         found = {}
-        for module, layer in self._layers().items():
+        for module, layer in _layers(self.model).items():
             if name in layer.lora_A:
                 here = factors_of(layer, name)
             elif (key := f"base_model.model.{module}.lora_A.weight") in self._merged.get(name, {}):
@@ -280,10 +282,6 @@ class AdapterStack:
             for name, parameter in held.items():
                 parameter.copy_(saved[name])
 
-    def _layers(self) -> dict[str, Any]:
-        inner: Any = self.model.base_model.model
-        return {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
-
     def _head_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(trained_modules(self.base, self.heads)) if self.heads else []
 
@@ -352,6 +350,11 @@ def _check_config(config: LoraConfig) -> None:
             f"init_lora_weights is {config.init_lora_weights!r}, which changes the base's weights as well; a stack's "
             "adapters begin at an update of zero: True, 'gaussian' or 'eva'"
         )
+
+
+def _layers(model: PeftModel) -> dict[str, Any]:
+    inner: Any = model.base_model.model
+    return {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
 
 
 def _digest(data: bytes) -> str:
