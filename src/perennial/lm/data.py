@@ -54,6 +54,11 @@ class TextTask:
         for part in ("train", "test"):
             if not getattr(self, part):
                 raise ValueError(f"task {self.name} has no {part} examples")
+        if len({normalised(label) for label in self.labels}) < len(self.labels):
+            raise ValueError(
+                f"labels of task {self.name} are {', '.join(map(repr, self.labels))}, of which some are the same "
+                "without case and punctuation, as answers are compared; spell them apart"
+            )
         if self.score not in get_args(Score):
             raise ValueError(f"score of task {self.name} is {self.score!r}; it is one of {', '.join(get_args(Score))}")
         if (self.score == "pearson") == bool(self.labels):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from perennial.attach.arguments import bare_model
 from perennial.lm.factors import Pair, pairs_of
 
 _ROWS = 512
@@ -239,7 +240,7 @@ class ElasticWeights:
         """By parameter name, its shape."""
 
     def __call__(self, model: nn.Module) -> Tensor:
-        held = dict(model.named_parameters())
+        held = dict(bare_model(model).named_parameters())
         if gone := [name for name in self.fisher if name not in held]:
             raise ValueError(
                 f"the model has no {gone[0]} any more, which is to be kept: elastic weight consolidation is of "
@@ -254,7 +255,7 @@ class ElasticWeights:
         the right label (the empirical Fisher), without dropout; ``losses``: one function an example."""
         training = model.training
         model.eval()
-        held = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        held = {n: p for n, p in bare_model(model).named_parameters() if p.requires_grad}
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in held.items()}
         for loss in losses:
             grads = torch.autograd.grad(loss(), list(held.values()), allow_unused=True)

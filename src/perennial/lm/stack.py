@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,14 @@ class AdapterStack:
         """
         if name in self.names:
             raise ValueError(f"there is an adapter {name!r} already; give each task a name of its own")
-        if set(name) & set("./\\") or "lora_" in name or name in "lora_":
-            raise ValueError(f"an adapter cannot be called {name!r}: peft takes no . / \\, and nothing like lora_")
+        if set(name) & set("./\\") or "lora_" in name or name in "lora_" or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"an adapter cannot be called {name!r}: peft takes no name with . / \\ or lora_, none that is a part "
+                "of the word lora_, and none that torch's modules have themselves"
+            )
         before = self.names[-1] if self.names else None
         if self._model is None:
+            trained = [p for p in self.base.parameters() if p.requires_grad]
             try:
                 model = adapted(self.base, copy.deepcopy(self.config), name)
             except ValueError as error:
@@ -97,7 +102,11 @@ class AdapterStack:
                     f"target_modules {self.config.target_modules} cannot be adapted: {error} The model's linear layers "
                     f"are called {', '.join(dict.fromkeys(layers)) or 'nothing: there are none'}"
                 ) from error
-            self._check_layers(model)
+            if wrong := self._wrong_layer(model):
+                model.unload()
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+                raise ModelError(wrong)
             setattr(model, STACK, self)
             self._model = model
         else:
@@ -119,25 +128,23 @@ class AdapterStack:
                     weight = layer.get_base_layer().weight
                     weight.copy_(weight + layer.get_delta_weight(name).to(weight.dtype))
 
-    def _check_layers(self, model: PeftModel) -> None:
-        """That what is adapted is a matrix of its own; otherwise the base is as it was."""
+    def _wrong_layer(self, model: PeftModel) -> str:
+        """What is adapted and is no matrix of its own, and what to do; empty if nothing is."""
         owners: dict[int, list[str]] = {}
         for name, module in self.base.named_modules():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), []).append(name)
-        wrong = ""
         for name, layer in _layers(model).items():
             base = layer.get_base_layer()
             if not isinstance(base, nn.Linear | Conv1D):
-                wrong = f"target_modules name {name}, which is {type(base).__name__}; a stack adapts linear layers"
-            elif self.merge and len(shared := owners[id(base.weight)]) > 1:
-                wrong = (
-                    f"the weights of {name} are tied to those of {' and '.join(o for o in shared if o not in name)}, "
-                    "which merging would change as well; leave it out of target_modules, or take merge=False"
+                return f"target_modules name {name}, which is {type(base).__name__}; a stack adapts linear layers"
+            if self.merge and len(shared := owners[id(base.weight)]) > 1:
+                others = " and ".join(o for o in shared if o.removesuffix(".base_layer") != name)
+                return (
+                    f"the weights of {name} are tied to those of {others}, which merging would change as well; leave "
+                    "it out of target_modules, or take merge=False"
                 )
-        if wrong:
-            model.unload()
-            raise ModelError(wrong)
+        return ""
 
     def activate(self) -> None:
         """See that the current adapter and the heads are trained and all others act, frozen: after anything that may
@@ -173,7 +180,8 @@ class AdapterStack:
                 here = factors_of(layer, name)
             elif (key := f"base_model.model.{module}.lora_A.weight") in self._merged.get(name, {}):
                 down, up = self._merged[name][key], self._merged[name][key.replace("lora_A", "lora_B")]
-                here = Factors(down, up, layer.scaling[self.names[-1]])  # all adapters have one configuration
+                at = layer.get_base_layer().weight.device
+                here = Factors(down.to(at), up.to(at), layer.scaling[self.names[-1]])  # all have one configuration
             else:
                 continue
             found[module] = Factors(here.down.detach(), here.up.detach(), here.scaling) if detach else here
@@ -187,7 +195,7 @@ class AdapterStack:
         """A copy of an adapter's tensors, by the names under which peft saves them. ValueError: there is none."""
         self._check_name(name)
         if name in self._merged:
-            return self._merged[name]
+            return {key: tensor.clone() for key, tensor in self._merged[name].items()}
         found = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
         return {key: tensor.detach().cpu().clone() for key, tensor in found.items()}
 
@@ -199,10 +207,11 @@ class AdapterStack:
     def callback(self) -> TrainerCallback:
         """For a Trainer, which saves and resumes the adapters that are not merged, and lets the first alone act again.
 
-        After it all act, and heads, which a Trainer does not save beside adapters, are restored. In a new process build
-        the stack first as it was: ``AdapterStack.load`` with the earlier adapters, then ``begin``. Merged adapters that
-        are not those with which the checkpoint was made are refused with a RunError, and so is a checkpoint without
-        heads; ``load_best_model_at_end``, which does not know adapters of several names, with a ValueError.
+        After it all act, and heads, which a Trainer does not save beside adapters, are restored. In a new process
+        build the stack first as it was: ``AdapterStack.load`` with the earlier adapters, then ``begin``. Adapters that
+        are not those with which the checkpoint was made, by name, settings or, if merged, values, are refused with a
+        RunError, and so is a checkpoint without heads; ``load_best_model_at_end``, which does not know adapters of
+        several names, with a ValueError.
         """
         return _StackCallback(self)
 
@@ -216,11 +225,14 @@ class AdapterStack:
         for name in self.names:
             data = self._bytes(name)
             places[name] = f"{name}-{_digest(data)}"
-            place = folder / places[name]
-            if not all((place / file).exists() for file in (_CONFIG, _WEIGHTS)):
-                self.model.peft_config[self.names[-1]].save_pretrained(str(place))
-                write(place / _WEIGHTS, data)
-            configs[name] = _digest((place / _CONFIG).read_bytes())
+            with tempfile.TemporaryDirectory() as drawn:
+                self.model.peft_config[self.names[-1]].save_pretrained(drawn)
+                config = (Path(drawn) / _CONFIG).read_bytes()
+            configs[name] = _digest(config)
+            for part, content in ((_CONFIG, config), (_WEIGHTS, data)):
+                there = folder / places[name] / part
+                if not there.exists() or there.read_bytes() != content:  # damaged ones are mended
+                    write(there, content)
         heads = safetensors.torch.save({name: p.detach().cpu().contiguous() for name, p in self._head_parameters()})
         write(folder / (file := f"heads-{_digest(heads)}.safetensors"), heads)
         index = {"adapters": places, "configs": configs, "heads": file, "head_modules": self.heads, "merge": self.merge}
@@ -228,7 +240,7 @@ class AdapterStack:
         for path in folder.iterdir():  # what an earlier save wrote of the adapter that is still current
             if path.is_dir() and path.name not in places.values() and path.name[:-17] in self.names:
                 shutil.rmtree(path)
-            elif path.name.startswith("heads-") and path.name != file:
+            elif path.is_file() and path.name.startswith("heads-") and path.name != file:
                 path.unlink()
 
     def _bytes(self, name: str) -> bytes:
@@ -254,7 +266,7 @@ class AdapterStack:
             raise FileNotFoundError(f"{folder} holds no saved stack: there is no stack.json")
         if not isinstance(index, dict) or (missing := _INDEX - index.keys()):
             what = f"{', '.join(sorted(missing))} is missing" if isinstance(index, dict) else "it is no record"
-            raise RunError(f"{folder / 'stack.json'} was not written by AdapterStack.save: {what}")
+            raise RunError(f"{folder / 'stack.json'} was not written by this version of AdapterStack.save: {what}")
         stack: AdapterStack | None = None
         for name, place in index["adapters"].items():
             state = safetensors.torch.load(_checked(folder / place / _WEIGHTS, place[-16:]))
@@ -295,7 +307,7 @@ class _StackCallback(TrainerCallback):
             place = self._place(args, state)
             heads = {name: p.detach().cpu().contiguous() for name, p in self.stack._head_parameters()}
             write(place / "heads.safetensors", safetensors.torch.save(heads))
-            write_json(place / "earlier.json", self._earlier())
+            write_json(place / "stack.json", self._made())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
@@ -303,6 +315,7 @@ class _StackCallback(TrainerCallback):
                 "load_best_model_at_end would bring back nothing of a stack of adapters; leave it out, and load the "
                 "best checkpoint's adapters yourself"
             )
+        self.stack.activate()
         if state.global_step:
             place = self._place(args, state)
             if not (place / "heads.safetensors").exists():
@@ -310,17 +323,24 @@ class _StackCallback(TrainerCallback):
                     f"{place} holds no heads.safetensors, which the stack's callback saves: resume from a checkpoint "
                     "in the Trainer's own output_dir that was made with the callback"
                 )
-            if self.stack.merge and (made := read_json(place / "earlier.json")) != self._earlier():
+            made, mine = read_json(place / "stack.json") or {}, self._made()
+            if wrong := [key for key in mine if made.get(key) != mine[key]]:
                 raise RunError(
-                    f"{place} was made on the merged adapters {', '.join(made or {}) or 'none'}, and this stack has "
-                    "others, or others of these names: build it with AdapterStack.load and begin(), then resume"
+                    f"{place} was made with other {' and '.join(wrong)} ({made.get(wrong[0])}) than this stack's "
+                    f"({mine[wrong[0]]}); this stack is spoilt by the attempt: build it anew as it was, by "
+                    "AdapterStack.load and begin(), then resume"
                 )
             self.stack._load_heads(safetensors.torch.load((place / "heads.safetensors").read_bytes()))
-        self.stack.activate()
 
-    def _earlier(self) -> dict[str, str]:
-        """Digests of all adapters but the current."""
-        return {name: _digest(self.stack._bytes(name)) for name in self.stack.names[:-1]}
+    def _made(self) -> dict[str, Any]:
+        """What a checkpoint is made with: adapters in order, their settings, and digests of those that are merged."""
+        stack = self.stack
+        told = {
+            name: getattr(stack.config, name)
+            for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        }
+        merged = {name: _digest(stack._bytes(name)) for name in stack.names[:-1]} if stack.merge else {}
+        return {"adapters": stack.names, "settings": told, "merged adapters": merged}
 
     @staticmethod
     def _place(args: Any, state: Any) -> Path:
@@ -347,8 +367,8 @@ def _check_config(config: LoraConfig) -> None:
             )
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("gaussian", "eva", "orthogonal"):
         raise ValueError(
-            f"init_lora_weights is {config.init_lora_weights!r}, which changes the base's weights as well; a stack's "
-            "adapters begin at an update of zero: True, 'gaussian' or 'eva'"
+            f"init_lora_weights is {config.init_lora_weights!r}, which changes the base's weights as well; take one "
+            "that does not: True, 'gaussian', 'orthogonal' or 'eva'"
         )
 
 

@@ -620,7 +620,7 @@ class Population:
             names: ``"units_replaced"``, what the lanes' interventions measure (their ``MEASURES``), and any of
                 :data:`~perennial.metrics.METRICS` that is taken of units, of features (those of the last hidden layer),
                 of weights, or of gradients (the mean over the last hundred steps' examples of that of the loss on
-                each). None: ``MEASURED`` and the interventions' measures.
+                each, without dropout). None: ``MEASURED`` and the interventions' measures.
             samples: inputs.
 
         Raises:
@@ -672,7 +672,8 @@ class Population:
     def _of_gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Metrics of the gradient of the loss on a step's examples, means over the last steps, [lanes]."""
         begin = max(0, self.steps_made - _GRADIENT_STEPS)
-        steps = self._batches(begin, max(1, self.steps_made - begin))
+        end = max(1, self.steps_made)
+        chunk = min(self.chunk_length(), end - begin)
         state = self._sums()
 
         def one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -681,10 +682,11 @@ class Population:
 
         total = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=self.device))
         with evaluating(self.model):
-            for example in steps:
-                values = vmap(one, in_dims=-1)(state.params, state.buffers, *example)
-                total = {name: value + values[name] for name, value in total.items()}
-        return {name: value[: len(self.lanes)] / len(steps) for name, value in total.items()}
+            for start in range(begin, end, chunk):
+                for example in self._batches(start, min(chunk, end - start)):
+                    values = vmap(one, in_dims=-1)(state.params, state.buffers, *example)
+                    total = {name: value + values[name] for name, value in total.items()}
+        return {name: value[: len(self.lanes)] / (end - begin) for name, value in total.items()}
 
     def check_measures(self, asked: Sequence[str]) -> None:
         """ValueError: one of some names is nothing that :meth:`measure` gives."""

@@ -105,12 +105,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def _claim(study: Study | OtherStudy, directory: Path, resume: bool) -> bool:
-    """See that a directory is free for a study, or holds a run of it; whether it does. A run that failed before it did
-    anything, for want of data, is none."""
+    """See that a directory is free for a study, or holds a run of it; whether it does."""
     held = directory / "study.yaml"
-    if held.exists() and {path.name for path in directory.iterdir()} <= {"study.yaml", "environment.json"}:
-        held.unlink()
-        (directory / "environment.json").unlink(missing_ok=True)
     if held.exists() and not resume:
         number = next(n for n in range(1, 10_000) if not directory.with_name(f"{directory.name}.{n}").exists())
         os.replace(directory, directory.with_name(f"{directory.name}.{number}"))

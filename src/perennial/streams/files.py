@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -119,7 +120,7 @@ def images(name: str, part: str = "train") -> Images:
     idx_files, parquet = None, []
     for folder in _folders(data_set):
         idx_files = _idx_files(data_set, folder, idx)
-        parquet = [] if idx_files else _parquet_files(folder, part)
+        parquet = [] if idx_files else _parquet_files(folder, _PARTS[part][2])
         if idx_files or parquet:
             break
     if idx_files:
@@ -196,14 +197,14 @@ def _read_pair(data_set: DataSet, pictures: Path, labels: Path) -> Images:
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 
 
-def _parquet_files(folder: Path, part: str) -> list[Path]:
-    """The files of one part in order; several where it is cut into shards.
+def _parquet_files(folder: Path, begins: Sequence[str]) -> list[Path]:
+    """The files that begin so, in order; several where a part is cut into shards.
 
     Raises:
         FileNotFoundError: a shard of several is missing.
     """
     for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        for begin in _PARTS[part][2]:
+        for begin in begins:
             if (whole := place / f"{begin}.parquet").exists():
                 return [whole]
             sizes = [
@@ -212,17 +213,17 @@ def _parquet_files(folder: Path, part: str) -> list[Path]:
             if count := next((int(size[1]) for size in sizes if size), 0):
                 wanted = [place / f"{begin}-{n:05d}-of-{count:05d}.parquet" for n in range(count)]
                 if missing := [path for path in wanted if not path.exists()]:
-                    raise FileNotFoundError(f"{missing[0]} is missing: the {part} set comes in {count} files")
+                    raise FileNotFoundError(f"{missing[0]} is missing: the {begin} set comes in {count} files")
                 return wanted
     return []
 
 
-def _cached(hub: str, part: str) -> list[Path]:
-    """Files that were fetched before, as far as all of them are there and are what they were."""
+def _cached(hub: str, begins: Sequence[str]) -> list[Path]:
+    """Files that were fetched before and begin so, if all of them are there and are what they were."""
     from huggingface_hub import errors, snapshot_download
 
     try:
-        found = _parquet_files(Path(snapshot_download(hub, repo_type="dataset", local_files_only=True)), part)
+        found = _parquet_files(Path(snapshot_download(hub, repo_type="dataset", local_files_only=True)), begins)
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
         return []
     for path in found:
@@ -236,7 +237,9 @@ def _check_digest(path: Path, digest: str) -> None:
     with path.open("rb") as opened:
         have = hashlib.file_digest(opened, "sha256").hexdigest()
     if have != digest:
-        raise ValueError(f"{path} is damaged: its SHA-256 is {have}, on the hub {digest}; delete it and try again")
+        raise ValueError(
+            f"{path.resolve()} is damaged: its SHA-256 is {have}, on the hub {digest}; delete it and try again"
+        )
 
 
 def _wanted(data_set: DataSet, part: str) -> tuple[str, str]:
@@ -268,7 +271,8 @@ def _fetch(data_set: DataSet, part: str) -> list[Path]:
         from huggingface_hub import HfApi, errors, hf_hub_download
     except ImportError:
         raise FileNotFoundError(f"{needed}; {wanted}, or install huggingface_hub to have it fetched") from None
-    if cached := _cached(data_set.hub, part):
+    begins = _PARTS[part][2]
+    if cached := _cached(data_set.hub, begins[:1]):
         return cached
     try:
         every = HfApi().list_repo_tree(data_set.hub, repo_type="dataset", recursive=True, expand=False)
@@ -283,6 +287,8 @@ def _fetch(data_set: DataSet, part: str) -> list[Path]:
         )
         paths = [Path(hf_hub_download(data_set.hub, path, repo_type="dataset")) for path in chosen]
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        if cached := _cached(data_set.hub, begins):
+            return cached
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(f"{needed}, and it cannot be fetched ({reason}); {wanted}") from error
     if not chosen:

@@ -102,7 +102,7 @@ def _read_one(
 
     try:
         frame = polars.read_parquet(path)
-    except (polars.exceptions.PolarsError, OSError) as error:
+    except (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError) as error:
         raise ValueError(f"{path} is damaged, or no Parquet file: {error}") from error
     if not frame.height:
         raise ValueError(f"{path} has no rows; put a whole copy there")

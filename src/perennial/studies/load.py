@@ -410,7 +410,7 @@ def _check_metric(part: Part, variants: Sequence[Variant], where: str) -> None:
             raise StudyError(f"{where}.measures names {name!r}, which a population does not measure; {hint}")
     if part.judged_by is None:
         return
-    every = ["online_loss", *MEASURED, *part.measures]
+    every = ["online_loss", *MEASURED]
     every += ["online_accuracy"] if stream_of(part, where).task == "classification" else []
     every += ["sample_plasticity"] if part.plasticity_every else []
     every += ["test_accuracy"] if stream_of(part, where).holds_out else []

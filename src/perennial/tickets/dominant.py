@@ -117,7 +117,8 @@ class ProximalL1:
                 wide, back = _wide(p), group["lr"] * self.strength
                 if not self._plain:
                     back = back / _scale(optimizer, group, optimizer.state[p])
-                    back = back.clamp(max=group["lr"]) if self._bounded else back
+                if self._bounded:
+                    back = back.clamp(max=group["lr"]) if isinstance(back, Tensor) else min(back, group["lr"])
                 if overflow is not None:
                     back = torch.where(overflow == 0, back, 0.0)
                 p.copy_(L1Init(rate=back).nearer(wide, self._starts[id(p)].to(wide.dtype)))

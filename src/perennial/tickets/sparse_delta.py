@@ -86,7 +86,7 @@ class SparseDelta:
             trained = held[name].detach()
             same_shape(name, start, trained, "the start")
             before = start[name].detach().to(trained.device)
-            if before.data_ptr() == trained.data_ptr() and trained.numel() and name not in complete:
+            if before.data_ptr() == trained.data_ptr() != 0 and name not in complete:
                 raise ValueError(f"the start of {name} is the trained weight itself; keep a copy, made by clone()")
             if before.dtype != trained.dtype:
                 raise ValueError(f"{name} is {trained.dtype}, its start {before.dtype}; keep the start in that type")
