@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import re
+import socket
 import weakref
 from pathlib import Path
 from typing import Any
@@ -234,9 +236,9 @@ def trainer_for(stack: AdapterStack, reader: Any, folder: Path, stop_at: int | N
 
     task = text_task("size", 32)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=4, save_steps=2, learning_rate=1e-2, remove_unused_columns=False,
+        output_dir=str(folder), save_steps=2, learning_rate=1e-2, remove_unused_columns=False,
         report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, logging_strategy="no",
-        **{"per_device_train_batch_size": 4} | settings,
+        **{"per_device_train_batch_size": 4, "max_steps": 4} | settings,
     )  # fmt: skip
     trainer = PenaltyTrainer(
         model=stack.model,
@@ -822,3 +824,50 @@ def ranked(rank: int, folder: str, model: str) -> None:
 @slow
 def test_penalties_in_two_processes_are_those_of_one(folders: dict[str, str], tmp_path: Path) -> None:
     torch.multiprocessing.spawn(ranked, (str(tmp_path), folders["encoder"]), nprocs=2)  # type: ignore[no-untyped-call]
+
+
+def trained_in(world: int, rank: int, folder: Path, model: str, port: int) -> None:
+    """One step of plain gradient descent on eight texts, in one process of several, with a Trainer."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)} if world > 1 else {}  # fmt: skip
+    stack, reader = started({"encoder": model})
+    for name in ("colour", "size"):
+        stack.begin(name)
+    with torch.no_grad():
+        for pair in stack.pairs():
+            pair.new.up.normal_(generator=torch.Generator().manual_seed(0))
+    for module in stack.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    settings = {"optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 8 // world, "max_steps": 1}
+    more = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False} if world > 1 else {}
+    trainer = trainer_for(stack, reader, folder / f"trainer-{world}", **settings, **more, save_strategy="no")
+    assert trainer.args.world_size == world
+    trainer.penalty = lambda of: OLoRA(0.1)(of) + NLoRA(1e-2)(of)
+    trainer.train()
+    if rank == 0:
+        torch.save(
+            {n: p.detach() for n, p in stack.model.named_parameters() if p.requires_grad}, folder / f"{world}.pt"
+        )
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def in_two(rank: int, folder: str, model: str, port: int) -> None:
+    trained_in(2, rank, Path(folder), model, port)
+
+
+@slow
+@pytest.mark.filterwarnings("ignore:Multiple active adapters:UserWarning", "ignore:.*Trainer.*:UserWarning")
+def test_a_trainer_in_two_processes_makes_the_step_of_one(folders: dict[str, str], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (str(tmp_path), folders["encoder"], port)
+    torch.multiprocessing.spawn(in_two, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    trained_in(1, 0, tmp_path, folders["encoder"], port)
+    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    assert one.keys() == two.keys()
+    assert any("lora_A.size" in name for name in one)
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], atol=1e-6), name
