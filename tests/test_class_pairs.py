@@ -152,7 +152,7 @@ def test_what_the_data_cannot_give_is_refused(settings: dict[str, int], said: st
 @pytest.mark.parametrize(("part", "kept", "said"), [
     ("test", range(CLASSES - 1), f"class {CLASSES - 1} of tiny-imagenet-32 has no images in its test set"),
     ("train", [1, 2], "class 0 of tiny-imagenet-32 has no images in its train set"),
-    ("train", [0], "needs images of two classes and more, and of every class; it has one"),
+    ("train", [0], "needs images of two classes and more, and of every class; tiny-imagenet-32 has one"),
 ])  # fmt: skip
 def test_a_class_without_images_is_refused(part: str, kept: list[int], said: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny-imagenet-32" / f"{part}.parquet"

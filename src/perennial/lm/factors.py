@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from perennial.attach.arguments import bare_model
+
 
 class Factors(NamedTuple):
     r"""An update of one matrix, :math:`\Delta W = s B A`."""
@@ -61,14 +63,9 @@ def pairs_of(model: nn.Module) -> list[Pair]:
     Raises:
         ValueError: no adapter is trained, or its update is not :math:`s B A`.
     """
-    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    while not isinstance(model, PeftModel):  # what DDP and torch.compile wrap
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
+    model = bare_model(model)
     if (stack := getattr(model, STACK, None)) is not None:
         known: list[Pair] = stack.pairs()
         return known

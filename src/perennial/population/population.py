@@ -628,7 +628,7 @@ class Population:
         """
         told = self._told_names()
         asked = (*MEASURED, *told) if names is None else tuple(names)
-        self.check_measures(asked)
+        self._check_measures(asked)
         gone = self.inapplicable(asked)
         wanted = [name for name in asked if name not in gone]
         kinds = {name: metrics.METRICS[name].of for name in wanted if name in metrics.METRICS}
@@ -688,7 +688,7 @@ class Population:
                     total = {name: value + values[name] for name, value in total.items()}
         return {name: value[: len(self.lanes)] / (end - begin) for name, value in total.items()}
 
-    def check_measures(self, asked: Sequence[str]) -> None:
+    def _check_measures(self, asked: Sequence[str]) -> None:
         """ValueError: one of some names is nothing that :meth:`measure` gives."""
         told = self._told_names()
         for name in asked:
@@ -775,7 +775,7 @@ class Population:
         if measure_every % bin:
             raise ValueError(f"measure_every is {measure_every}; it must be a multiple of bin, {bin}")
         asked = list(dict.fromkeys((*MEASURED, *self._told_names(), *measures)))
-        self.check_measures(asked)
+        self._check_measures(asked)
         chunk = self.chunk_length()
         while (done := self.steps_made) < steps:
             begin = done // bin * bin

@@ -112,7 +112,9 @@ def _by_class(data: str, part: str, count: int | None) -> Tensor:
     fewest = int(held.min())
     if len(held) < 2 or not fewest:
         which = (
-            f"class {int(held.argmin())} of {data} has no images in its {part} set" if len(held) > 1 else "it has one"
+            f"class {int(held.argmin())} of {data} has no images in its {part} set"
+            if len(held) > 1
+            else f"{data} has one"
         )
         raise ValueError(f"class_pairs needs images of two classes and more, and of every class; {which}")
     if count is not None and count > fewest:
