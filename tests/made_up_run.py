@@ -53,6 +53,7 @@ def build(
     bins: int = 5,
     diverge: dict[tuple[str, str], dict[int, int]] | None = None,
     finished: bool = True,
+    figure: dict[str, Any] | None = None,
 ) -> Path:
     """A run directory of made-up results.
 
@@ -65,6 +66,7 @@ def build(
         bins: of 10,000 examples each.
         diverge: (method, settings) -> {seed: step}.
         finished: else the results lie in segments of jobs, without lanes and timings.
+        figure: of the study.
     """
     directory.mkdir(parents=True, exist_ok=True)
     grids, diverge, width = grids or {}, diverge or {}, 10_000
@@ -111,7 +113,7 @@ def build(
         "source": "Nobody et al. (2024)",
         "description": "What becomes of a network that goes on learning?\n\nNumbers with <angle> & ampersand.",
         "parts": studied,
-    }
+    } | ({"figure": figure} if figure else {})
     (directory / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     environment = {"command": "perennial run made_up --seeds 4", "perennial": "0.1.0", "python": "3.11.9"}
     environment |= {"torch": "2.13.0", "platform": "Linux", "processor": "a processor"}
@@ -155,6 +157,18 @@ def _curves(
     return made
 
 
+FIGURE: dict[str, Any] = {
+    "title": "As in nobody's Figure 1",
+    "axis": "tasks",
+    "panels": [
+        {"metric": "online_loss"},
+        {"title": "Step sizes", "methods": ["upgd", "linear"], "lines": "settings"},
+        {"metric": "dead_units", "part": "digits", "methods": ["backprop", "l2"]},
+        {"metric": "weight_magnitude", "methods": ["backprop"], "lines": "parts"},
+        {"metric": "units_replaced", "part": "digits"},
+    ],
+}
+
 SHOWCASE_DIVERGED = {
     ("upgd", "rule.lr=0.03"): {seed: 90_000 + 1000 * seed for seed in range(12)},
     ("adam", ""): {1: 240_000, 5: 310_000},
@@ -171,4 +185,5 @@ def showcase(directory: Path) -> Path:
         seeds=12,
         bins=60,
         diverge=SHOWCASE_DIVERGED,
+        figure=FIGURE,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from made_up_run import GRIDS, RATE, STEP_SIZE, build
+from made_up_run import FIGURE, GRIDS, RATE, STEP_SIZE, build
 
 from perennial.report import summary_numbers, summary_table, write_report
 from perennial.report.figures import positions, spread
@@ -70,6 +70,54 @@ def test_average_counts_bins_by_their_length() -> None:
     average = run_average(np.array([[1.0, 2.0, 4.0], [1.0, np.nan, 1.0]]), np.array([10, 20, 25]))
     assert average[0] == pytest.approx((10 + 20 + 20) / 25)
     assert np.isnan(average[1])
+
+
+def _main_figure(tmp_path: Path, stream: dict[str, object] | None = None) -> tuple[Path, pl.DataFrame]:
+    run = build(
+        tmp_path / "run",
+        parts={"relu": "regression", "digits": "classification"},
+        methods=("backprop", "l2", "continual_backprop", "upgd", "linear"),
+        grids=GRIDS,
+        figure=FIGURE,
+    )
+    study = yaml.safe_load((run / "study.yaml").read_text())
+    for part in study["parts"].values():
+        part["stream"] = stream or part["stream"]
+    (run / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    write_report(run)
+    return run, pl.read_csv(run / "tables" / "main-figure.csv")
+
+
+def test_the_main_figure_has_the_lines_that_its_panels_ask_for(tmp_path: Path) -> None:
+    run, frame = _main_figure(tmp_path)
+    lines = {at: frame.filter(panel=at).get_column("line").unique(maintain_order=True).to_list() for at in range(1, 6)}
+    assert lines == {
+        1: ["Backprop", "L2", "Continual backprop", "UPGD", "Linear"],
+        2: ["lr 0.003", "lr 0.01", "lr 0.03", "Linear"],
+        3: ["Backprop", "L2"],
+        4: ["Made-up regression, relu", "Made-up classification, digits"],
+        5: ["Continual backprop"],
+    }
+    assert frame.group_by("panel", maintain_order=True).first().get_column("title").to_list() == [
+        "Online loss", "Step sizes", "Dead units", "Mean weight magnitude", "Replacements per unit so far",
+    ]  # fmt: skip
+    assert (frame["time"] == frame["step"]).all()  # no task length is known of a made-up stream
+    # a method is shown at its best setting, a setting by the mean over its own seeds
+    summary = summary_numbers(run).filter(part="relu", rank=1)
+    best = dict(summary.select("method", "settings").iter_rows())
+    first = frame.filter(panel=1).select("method", "settings").unique()
+    assert {(m, s or "") for m, s in first.iter_rows()} == {(m, best[m]) for m in best}
+    results = pl.read_parquet(run / "results.parquet")
+    mine = results.filter(part="relu", method="upgd", settings="rule.lr=0.03", metric="online_loss", step=30_000)
+    shown = frame.filter(panel=2, line="lr 0.03", step=30_000).get_column("mean")
+    assert shown.to_list() == pytest.approx([mine.get_column("value").mean()])
+
+
+def test_the_main_figure_counts_tasks_where_they_are_known(tmp_path: Path) -> None:
+    stream = {"name": "slowly_changing_regression", "flip_after": 20_000}
+    run, frame = _main_figure(tmp_path, stream)
+    assert (frame["time"] == frame["step"] / 20_000).all()
+    assert ">task number<" in (run / "figures" / "main-figure.svg").read_text()
 
 
 def test_loss_of_plasticity_is_paired_and_positive_where_it_worsens(small: Path) -> None:

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from perennial.studies import StudyError, as_yaml, load, parse_setting, seeds_of, shipped, stream_of, variants_of
+from perennial.studies import (
+    StudyError,
+    as_yaml,
+    load,
+    parse_setting,
+    same_settings,
+    seeds_of,
+    shipped,
+    stream_of,
+    variants_of,
+)
 
 GOOD = """\
 stream: {name: permuted_digits}
@@ -128,6 +138,14 @@ MISTAKES = [
     ("methods:", "methods: {}\nother:", "line 6", "at least 1"),
     ("stream: {name: permuted_digits}", "title: x", "stream", "missing"),
     ("steps: 400", "steps: [", "mine.yaml", "not YAML"),
+    ("steps: 400", "steps: 400\nfigure: {title: x}", "line 4", "'panels' is missing"),
+    ("steps: 400", "steps: 400\nfigure: {title: x, axes: tasks, panels: [{}]}", "line 4", "did you mean 'axis'?"),
+    ("steps: 400", "steps: 400\nfigure: {title: x, panels: [{metrik: dead_units}]}", "line 4", "'metric'?"),
+    ("steps: 400", "steps: 400\nfigure: {title: x, panels: [{metric: dead_unit}]}", "line 4", "'dead_units'?"),
+    ("steps: 400", "steps: 400\nfigure: {title: x, panels: [{part: man}]}", "line 4", "did you mean 'main'?"),
+    ("steps: 400", "steps: 400\nfigure: {title: x, panels: [{methods: [keper]}]}", "line 4", "'keeper'?"),
+    ("steps: 400", "steps: 400\nfigure: {title: x, panels: [{part: main, lines: parts}]}", "line 4", "leave it out"),
+    ("steps: 400", "steps: 400\nfigure: {title: x, panels: [{methods: []}]}", "line 4", "at least 1"),
 ]
 
 
@@ -211,6 +229,35 @@ def test_only_some_methods() -> None:
         load("demo", methods=["adm"])
     with pytest.raises(StudyError, match="does not compare methods by name"):
         load("tickets/lenet-mnist", methods=["sgd"])
+
+
+def test_a_figure_keeps_what_is_left_to_show(tmp_path: Path) -> None:
+    panels = "[{methods: [keeper], lines: settings}, {methods: [backprop]}, {}]"
+    base = written(tmp_path, GOOD + f"figure:\n  title: x\n  panels: {panels}\n")
+    whole = load(base).figure
+    assert whole is not None
+    assert [panel.methods for panel in whole.panels] == [["keeper"], ["backprop"], None]
+    some = load(base, methods=["backprop"]).figure
+    assert some is not None
+    assert [panel.methods for panel in some.panels] == [["backprop"], None]
+    built = load(written(tmp_path, f"study: {base}\nset: {{figure.title: y}}\n", "built.yaml")).figure
+    assert built is not None
+    assert (built.title, len(built.panels)) == ("y", 3)
+    rates = load("nature/permuted-mnist-methods", methods=["adam"]).figure
+    assert rates is not None
+    assert [panel.title for panel in rates.panels] == ["Adam"]
+    assert load("nature/continual-imagenet", methods=["l2"]).figure.panels[0].part == "methods"  # type: ignore[union-attr]
+
+
+def test_only_words_and_pictures_may_differ_for_one_to_go_on() -> None:
+    one = as_yaml(load("nature/permuted-mnist-small"))
+    assert same_settings(one, one)
+    assert same_settings(one, one.replace("title: As in the paper", "title: Not as in the paper"))
+    assert same_settings(one, as_yaml(load("nature/permuted-mnist-small", {"description": "other", "figure": None})))
+    assert not same_settings(one, one.replace("steps: 600000", "steps: 600001"))
+    assert not same_settings(one, "")
+    assert not same_settings("{", one)
+    assert not same_settings("{", "[")
 
 
 def test_yaml_is_plain() -> None:

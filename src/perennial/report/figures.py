@@ -78,10 +78,10 @@ def curve_figure(
         for mark in marks:
             axes.axvline(mark, color="#9a9a9a", linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
         for at, (key, line) in enumerate(lines.items()):
-            _draw(axes, line, looks[key], at, len(lines), key, reference=method_of(part, key).linear)
+            draw_line(axes, line, looks[key], at, len(lines), key, reference=method_of(part, key).linear)
             gone = line.only(line.leaves)
             axes.plot(gone.x, gone.mean, "x", color=looks[key].colour, markersize=7, markeredgewidth=1.8, zorder=4)
-        _vertical(axes, shown.share, list(lines.values()), logarithmic=metric == LOSS)
+        vertical(axes, shown.share, list(lines.values()), logarithmic=metric == LOSS)
         axes.set_xlim(0, max(line.x[-1] for line in lines.values()))
         axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: examples(value)))
@@ -93,7 +93,7 @@ def curve_figure(
             heading(drawn.figure, f"{shown.label} ({better} is better)")
         label_ends(drawn.figure, drawn.axes, _ends(part, lines, looks))
         ends = "; ".join(
-            f"{method_of(part, key).label} {_spoken(line.mean[-1], shown.share)}" for key, line in lines.items()
+            f"{method_of(part, key).label} {spoken(line.mean[-1], shown.share)}" for key, line in lines.items()
         )
         description = f"{shown.label} against {axis}, {_means(lines)}. At the end: {ends}."
         return render(drawn.figure, name, title, description, drawn.plot_share)
@@ -128,19 +128,19 @@ def sensitivity_figure(
             axes.vlines(moved.x, moved.low, moved.high, color=looks[key].colour, linewidth=1.2, alpha=0.7)
             for kept in filter(np.any, (zero, ~zero)):  # no line across the break
                 group = moved.only(kept)
-                _draw(axes, group, looks[key], at, len(lines), key, reference=False, every=True)
+                draw_line(axes, group, looks[key], at, len(lines), key, reference=False, every=True)
         for key, value in frame.filter(pl.col("mean").is_null()).select("method", "value").iter_rows():
             colour, top = looks[key].colour, axes.get_xaxis_transform()
             axes.plot([place[value]], [0.97], "x", color=colour, markersize=7, markeredgewidth=1.8, transform=top)
-        _vertical(axes, shown.share, list(lines.values()), logarithmic=metric == LOSS)
+        vertical(axes, shown.share, list(lines.values()), logarithmic=metric == LOSS)
         _horizontal(axes, place, broken)
         axes.set_xlabel(frame.get_column("number")[0], labelpad=7, fontsize=LABEL)
         heading(drawn.figure, f"Average {shown.label.lower()} over the run")
         moved_lines = {key: line.moved(place) for key, line in lines.items()}
         label_ends(drawn.figure, drawn.axes, _ends(part, moved_lines, looks))
         best = "; ".join(
-            f"{method_of(part, key).label} from {_spoken(np.nanmin(line.mean), shown.share)} "
-            f"to {_spoken(np.nanmax(line.mean), shown.share)}"
+            f"{method_of(part, key).label} from {spoken(np.nanmin(line.mean), shown.share)} "
+            f"to {spoken(np.nanmax(line.mean), shown.share)}"
             for key, line in lines.items()
         )
         description = f"Average {shown.label.lower()} over the run against {title}, {_means(lines)}. {best}."
@@ -195,7 +195,7 @@ def choice_figure(
         axes.set_xlabel(f"average {shown.label.lower()} over the run", labelpad=7, fontsize=LABEL)
         heading(figure, f"By {frame.get_column('choice')[0].rpartition('.')[2].replace('_', ' ')}")
         told = "; ".join(
-            f"{method_of(part, key).label}, {value} {_spoken(mean, shown.share)}"
+            f"{method_of(part, key).label}, {value} {spoken(mean, shown.share)}"
             for key, value, mean in known.select("method", "value", "mean").iter_rows()
         )
         return render(figure, name, title, f"Average {shown.label.lower()} over the run by {title}. {told}.", 1.0)
@@ -206,32 +206,49 @@ def _width(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
+    """Means with their intervals along an axis, each [points]."""
+
     x: Floats
+    """Where."""
     mean: Floats
+    """NaN where there is no number."""
     low: Floats
+    """Of the interval; NaN where there is none."""
     high: Floats
-    leaves: NDArray[np.bool_]  # whether a lane diverges right after the point, so that the mean goes on with fewer
+    """Of the interval; NaN where there is none."""
+    leaves: NDArray[np.bool_]
+    """Whether a lane diverges right after the point, so that the mean goes on with fewer."""
 
-    def only(self, kept: NDArray[np.bool_]) -> _Line:
-        return _Line(self.x[kept], self.mean[kept], self.low[kept], self.high[kept], self.leaves[kept])
+    def only(self, kept: NDArray[np.bool_]) -> Line:
+        """Some of the points."""
+        return Line(self.x[kept], self.mean[kept], self.low[kept], self.high[kept], self.leaves[kept])
 
-    def moved(self, place: dict[float, float]) -> _Line:
+    def moved(self, place: dict[float, float]) -> Line:
+        """The same elsewhere on the axis."""
         return replace(self, x=np.array([place[x] for x in self.x]))
 
 
-def _lines(part: Part, frame: pl.DataFrame, x: str) -> dict[str, _Line]:
-    """The lines that have a number, up to their last one, by method; reference lines first, below the others."""
+def line_of(rows: pl.DataFrame, x: str) -> Line | None:
+    """The points of a table of curves in the order of the column ``x``, up to the last number; None without one."""
+    at, mean, low, high, lanes = (
+        rows.sort(x).get_column(name).cast(pl.Float64).to_numpy() for name in (x, "mean", "low", "high", "lanes")
+    )
+    known = np.flatnonzero(np.isfinite(mean))
+    if not len(known):
+        return None
+    line = Line(at, mean, low, high, leaves=np.append(np.diff(lanes) < 0, False))
+    return line.only(np.arange(len(at)) <= known[-1])
+
+
+def _lines(part: Part, frame: pl.DataFrame, x: str) -> dict[str, Line]:
+    """The lines that have a number, by method; reference lines first, below the others."""
     found = {}
     for method in sorted(part.methods, key=lambda method: not method.linear):
-        rows = frame.filter(pl.col("method") == method.key).sort(x)
-        at, mean, low, high, lanes = (
-            rows.get_column(name).cast(pl.Float64).to_numpy() for name in (x, "mean", "low", "high", "lanes")
-        )
-        known = np.flatnonzero(np.isfinite(mean))
-        if len(known):
-            line = _Line(at, mean, low, high, leaves=np.append(np.diff(lanes) < 0, False))
-            found[method.key] = line.only(np.arange(len(at)) <= known[-1])
+        rows = frame.filter(pl.col("method") == method.key)
+        line = line_of(rows, x) if rows.height else None
+        if line is not None:
+            found[method.key] = line
     return found
 
 
@@ -259,9 +276,21 @@ def canvas(labels: Iterable[str], lines: int, size: tuple[int, int]) -> Canvas:
     return Canvas(figure, axes, round((width - right + 20) / width, 4))
 
 
-def _draw(
-    axes: Axes, line: _Line, look: Look, at: int, count: int, key: str, *, reference: bool, every: bool = False
+def draw_line(
+    axes: Axes, line: Line, look: Look, at: int, count: int, key: str, *, reference: bool, every: bool = False
 ) -> None:
+    """A line with its interval.
+
+    Args:
+        axes: where.
+        line: what.
+        look: how.
+        at: which line of the axes it is.
+        count: lines of the axes.
+        key: its name in the SVG.
+        reference: thinner and behind the others.
+        every: whether each point has a marker.
+    """
     width = 1.4 if reference else 1.8
     style: Any = (0, tuple(length / width for length in look.dash)) if look.dash else "solid"
     axes.fill_between(line.x, line.low, line.high, color=look.colour, alpha=0.15, linewidth=0)
@@ -283,7 +312,8 @@ def _draw(
     )
 
 
-def _vertical(axes: Axes, share: bool, lines: list[_Line], *, logarithmic: bool) -> None:
+def vertical(axes: Axes, share: bool, lines: list[Line], *, logarithmic: bool) -> None:
+    """Set up the vertical axis: percent for shares, a logarithm (if allowed) for means over more than 30 times."""
     means = np.concatenate([line.mean[np.isfinite(line.mean)] for line in lines])
     if logarithmic and means.min() > 0 and means.max() / means.min() > 30:
         axes.set_yscale("log")
@@ -368,7 +398,7 @@ def label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, str, float,
         axes.text(1 + (_GAP - 4) / inner, level, label, transform=axes.transAxes, va="center_baseline", fontsize=LABEL)
 
 
-def _ends(part: Part, lines: dict[str, _Line], looks: dict[str, Look]) -> list[tuple[str, str, float, float]]:
+def _ends(part: Part, lines: dict[str, Line], looks: dict[str, Look]) -> list[tuple[str, str, float, float]]:
     return [
         (method_of(part, key).label, looks[key].colour, float(line.x[-1]), float(line.mean[-1]))
         for key, line in lines.items()
@@ -394,10 +424,11 @@ def _within(centre: float, count: int, distance: float) -> float:
     return max(min(centre, 1 - half), half)
 
 
-def _means(lines: dict[str, _Line]) -> str:
+def _means(lines: dict[str, Line]) -> str:
     known = any(np.isfinite(line.low).any() for line in lines.values())
     return f"mean over seeds with {100 * LEVEL:g}% intervals" if known else "of one seed"
 
 
-def _spoken(value: float, share: bool) -> str:
+def spoken(value: float, share: bool) -> str:
+    """A number in words of a figure's description."""
     return f"{100 * value:.3g}%" if share else f"{value:.3g}"

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from perennial.report.figures import LABEL, WIDE, canvas, heading, label_ends
 from perennial.report.incremental_tables import AGAINST, ArrivingTables
-from perennial.report.looks import KNOWN, OTHERS, Look
+from perennial.report.looks import KNOWN, Look, other
 from perennial.report.svg import Drawing, drawing_style, render
 
 _RETRAINED = Look(KNOWN["linear"].colour, KNOWN["linear"].dash, "o")
@@ -51,7 +51,7 @@ def _looks(methods: Sequence[str], scratch: str | None) -> dict[str, Look]:
         elif method in KNOWN:
             found[method] = KNOWN[method]
         else:
-            found[method] = OTHERS[others % len(OTHERS)]
+            found[method] = other(others)
             others += 1
     return found
 

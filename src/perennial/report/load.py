@@ -74,6 +74,43 @@ class Part:
         """What steps are counted in: examples where each has one."""
         return "examples" if self.batch == 1 else "steps"
 
+    def task_steps(self) -> int | None:
+        """Steps of a task; None where the stream has no tasks, or does not know them without data that is absent."""
+        settings = {name: value for name, value in self.stream.items() if name != "name"}
+        kind = next((kind for kind in REGISTRY if kind.name == self.stream["name"]), None)
+        try:
+            return kind(**settings).task_length() if kind is not None else None
+        except (TypeError, ValueError, FileNotFoundError):
+            return None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the main figure, as the study says it."""
+
+    title: str
+    """Its heading; empty: the metric's name."""
+    metric: str | None
+    """What is drawn; None: what the part is judged by."""
+    part: str | None
+    """Of which part; None: the first."""
+    methods: tuple[str, ...] | None
+    """Of which methods; None: all."""
+    lines: str
+    """``methods``, ``settings`` or ``parts``."""
+
+
+@dataclass(frozen=True)
+class MainFigure:
+    """The figure at the top of a report, as the study says it."""
+
+    title: str
+    """Its heading."""
+    axis: str
+    """``steps`` or ``tasks``."""
+    panels: tuple[Panel, ...]
+    """In reading order."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -91,6 +128,8 @@ class Run:
     """What the study asks."""
     parts: tuple[Part, ...]
     """In the study's order."""
+    figure: MainFigure | None
+    """The figure at the top."""
     study_text: str
     """The expanded study as it stands in the file."""
     environment: dict[str, str | None]
@@ -132,6 +171,7 @@ def load(directory: Path) -> Run:
         source=study.get("source") or "",
         description=study.get("description") or "",
         parts=parts,
+        figure=_figure(study.get("figure")),
         study_text=text,
         environment=json.loads((directory / "environment.json").read_text(encoding="utf-8")),
         results=_results(directory, files, parts),
@@ -155,6 +195,22 @@ def _part(key: str, part: dict[str, Any], alone: bool) -> Part:
         methods=tuple(_method(name, method) for name, method in part["methods"].items()),
         batch=int(part["stream"].get("batch_size") or _usual_batch(part["stream"]["name"])),
     )
+
+
+def _figure(figure: dict[str, Any] | None) -> MainFigure | None:
+    if figure is None:
+        return None
+    panels = tuple(
+        Panel(
+            title=panel.get("title") or "",
+            metric=panel.get("metric"),
+            part=panel.get("part"),
+            methods=tuple(panel["methods"]) if panel.get("methods") is not None else None,
+            lines=panel.get("lines") or "methods",
+        )
+        for panel in figure["panels"]
+    )
+    return MainFigure(figure["title"], figure.get("axis") or "steps", panels)
 
 
 def _usual_batch(stream: str) -> int:

@@ -48,7 +48,8 @@ OTHERS = (
     Look("#2c2c82", (), "v"),
     Look("#3e3b0f", (4, 1.5, 1.5, 1.5, 1.5, 1.5), "o"),
 )
-"""For other methods, in the order in which the study first names them; after the last, the first again."""
+"""For other methods, in the order in which the study first names them; after the last their colours again, with other
+lines and markers."""
 
 LINEAR_DASHES: tuple[Dash, ...] = ((4, 3), (1.5, 2.5), (9, 3))
 """Grey reference lines, if there are several."""
@@ -79,6 +80,13 @@ def looks(parts: Iterable[Part]) -> dict[str, Look]:
             elif method.key in KNOWN:
                 found[method.key] = KNOWN[method.key]
             else:
-                found[method.key] = OTHERS[others % len(OTHERS)]
+                found[method.key] = other(others)
                 others += 1
     return found
+
+
+def other(at: int) -> Look:
+    """The look of the so-manieth (from 0) method that is not known: no two of the first 36 are the same."""
+    turn, place = divmod(at, len(OTHERS))
+    apart = OTHERS[(place + turn) % len(OTHERS)]
+    return Look(OTHERS[place].colour, apart.dash, apart.marker)

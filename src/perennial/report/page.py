@@ -13,6 +13,7 @@ from markupsafe import Markup
 from perennial.report.figures import choice_figure, curve_figure, sensitivity_figure
 from perennial.report.load import Method, Part, Run, load
 from perennial.report.looks import Look, looks
+from perennial.report.main_figure import draw_main, tabulate_main
 from perennial.report.series import measure
 from perennial.report.svg import FONTS, Drawing
 from perennial.report.tables import QUANTITIES, TOGETHER, Tables, method_of, tabulate
@@ -54,7 +55,13 @@ def write_report(directory: Path) -> Path:
     run = load(directory)
     look = looks(run.parts)
     shown = []
-    for chapter in _chapters(run):
+    chapters = _chapters(run)
+    main = tabulate_main(run, {chapter.part.key: chapter.tables for chapter in chapters})
+    drawn = draw_main(run, main, look)
+    if drawn is not None:
+        write_texts(directory / "figures", {f"{drawn.name}.svg": drawn.svg})
+        write_texts(directory / "tables", {f"{drawn.name}.csv": main.write_csv()})
+    for chapter in chapters:
         drawings = _drawings(chapter, look)
         frames = _frames(chapter)
         write_texts(directory / "figures", {f"{drawing.name}.svg": drawing.svg for drawing in drawings.values()})
@@ -64,6 +71,9 @@ def write_report(directory: Path) -> Path:
         run=run,
         paragraphs=[p for p in re.split(r"\n\s*\n", run.description.strip()) if p],
         parts=shown,
+        figure=drawn and {"svg": Markup(drawn.svg), "plot_share": drawn.plot_share},
+        figure_link=drawn and {"name": f"{drawn.name}.csv", "href": link(main.write_csv(), "text/csv")},
+        intervals=main.get_column("low").is_not_null().any(),
         fonts=Markup(FONTS),
         level=f"{100 * LEVEL:g}%",
         resamples=RESAMPLES,

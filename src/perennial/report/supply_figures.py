@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from perennial.report.figures import LABEL, positions
-from perennial.report.looks import KNOWN, OTHERS, Look
+from perennial.report.looks import KNOWN, Look, other
 from perennial.report.supply_tables import DRAWN, ONLINE, QUANTITIES, SupplyTables
 from perennial.report.svg import Drawing, drawing_style, render
 from perennial.report.words import examples
@@ -33,7 +33,7 @@ _DASHED = (0, (3, 2.2))
 def method_looks(names: Sequence[str]) -> dict[str, Look]:
     """By method; the fresh weights are grey and dashed."""
     others = iter(range(len(names)))
-    return {name: _GREY if name == FRESH else KNOWN.get(name) or OTHERS[next(others) % len(OTHERS)] for name in names}
+    return {name: _GREY if name == FRESH else KNOWN.get(name) or other(next(others)) for name in names}
 
 
 def draw_supply(tables: SupplyTables) -> list[Drawing]:

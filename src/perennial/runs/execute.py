@@ -38,6 +38,7 @@ from perennial.studies import (
     TextStudy,
     TicketStudy,
     as_yaml,
+    same_settings,
     seeds_of,
 )
 from perennial.tickets.experiment import run_experiment
@@ -84,7 +85,7 @@ def execute(
         _run_other(study, directory, count, where, save_every, console)
         _note_environment(directory, finished=_now())
         return
-    jobs = _prepare(study, directory, resume, count, where)
+    jobs = _prepare(study, directory, resume, count, where, console)
     _note_environment(directory, finished=None)
     threads = max(1, (os.cpu_count() or 1) // count)
     options = {"device": str(where), "threads": threads, "save_every": save_every}
@@ -111,7 +112,7 @@ def _claim(study: Study | OtherStudy, directory: Path, resume: bool) -> bool:
         number = next(n for n in range(1, 10_000) if not directory.with_name(f"{directory.name}.{n}").exists())
         os.replace(directory, directory.with_name(f"{directory.name}.{number}"))
     if held.exists():
-        if held.read_text() != as_yaml(study):
+        if not same_settings(held.read_text(), as_yaml(study)):
             raise RunError(
                 f"{directory} holds a run of another study or other settings; name another folder with --out, or set "
                 "that run aside with --no-resume"
@@ -122,13 +123,22 @@ def _claim(study: Study | OtherStudy, directory: Path, resume: bool) -> bool:
     return False
 
 
-def _prepare(study: Study, directory: Path, resume: bool, workers: int, device: torch.device) -> list[Job]:
-    if _claim(study, directory, resume) and (planned := read_json(directory / "plan.json")) is not None:
+def _prepare(
+    study: Study, directory: Path, resume: bool, workers: int, device: torch.device, console: Console
+) -> list[Job]:
+    planned = read_json(directory / "plan.json") if _claim(study, directory, resume) else None
+    if planned is not None:
+        write(directory / "study.yaml", as_yaml(study).encode())
         return read_plan(planned)
-    try:
-        jobs = make_plan(study, workers, device)
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    with _progress(console) as progress:
+        bar = progress.add_task("choosing the lanes of a program by their speed", total=None)
+        try:
+            jobs = make_plan(
+                study, workers, device, lambda done, total: progress.update(bar, completed=done, total=total)
+            )
+        except ValueError as error:
+            raise RunError(str(error)) from error
+        progress.update(bar, visible=False)
     write(directory / "study.yaml", as_yaml(study).encode())
     write_json(directory / "plan.json", [job.as_json() for job in jobs])
     return jobs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,11 +85,22 @@ def probe(variant: Variant, stream: Any, seed: int, lanes: int = 1) -> Populatio
     return Population(factory_of(variant, stream), stream, [variant.lane(seed)] * lanes, threads=1)
 
 
-def make_plan(study: Study, workers: int, device: torch.device) -> list[Job]:
-    """The jobs of a study, largest first."""
+def make_plan(
+    study: Study, workers: int, device: torch.device, progress: Callable[[int, int], None] | None = None
+) -> list[Job]:
+    """The jobs of a study, largest first.
+
+    Args:
+        study: what is to be run.
+        workers: processes that will run it.
+        device: where.
+        progress: called with the programs that have been looked at and with how many there are.
+    """
     jobs: list[Job] = []
     every = programs(study)
-    for part, lanes in every:
+    for looked_at, (part, lanes) in enumerate(every):
+        if progress is not None:
+            progress(looked_at, len(every))
         stream = stream_of(study.parts[part], part)
         variant = variants_of(study.parts[part], part, f"parts.{part}")[lanes[0][0]]
         width = lanes_per_program(variant, stream, len(lanes), device)

@@ -81,7 +81,7 @@ class ClassPairs(Stream):
 
     def epoch_steps(self) -> int:
         """Steps of one pass over the training images of a pair."""
-        images = 2 * self.parts()[0].shape[1]
+        images = 2 * (self.train_images or self.parts()[0].shape[1])
         if images % self.batch_size:
             raise ValueError(
                 f"class_pairs.batch_size is {self.batch_size}, which does not divide the {images} training images of a "

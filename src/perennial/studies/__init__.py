@@ -1,11 +1,13 @@
 """The papers' experiments, as data."""
 
-from perennial.studies.load import OtherStudy, as_yaml, load, parse_setting, shipped
+from perennial.studies.load import OtherStudy, as_yaml, load, parse_setting, same_settings, shipped
 from perennial.studies.schema import (
     ArrivingStudy,
     ControlStudy,
     DominantStudy,
+    MainFigure,
     MethodEntry,
+    Panel,
     Part,
     Study,
     StudyError,
@@ -24,8 +26,10 @@ __all__ = [
     "ArrivingStudy",
     "ControlStudy",
     "DominantStudy",
+    "MainFigure",
     "MethodEntry",
     "OtherStudy",
+    "Panel",
     "Part",
     "Study",
     "StudyError",
@@ -38,6 +42,7 @@ __all__ = [
     "load",
     "nearest",
     "parse_setting",
+    "same_settings",
     "seeds_of",
     "shipped",
     "stream_of",

@@ -20,7 +20,9 @@ from perennial.studies.schema import (
     ArrivingStudy,
     ControlStudy,
     DominantStudy,
+    MainFigure,
     MethodEntry,
+    Panel,
     Part,
     Study,
     StudyError,
@@ -39,6 +41,9 @@ OtherStudy: TypeAlias = TicketStudy | SupplyStudy | TextStudy | DominantStudy | 
 
 _HEAD = ("name", "title", "description", "source")
 """Keys of every study that are no settings."""
+
+_BESIDE = (*_HEAD, "figure")
+"""Keys of a study of parts that stand beside them."""
 
 Lines = dict[str, str]
 """Where each dotted key stands: "steps" -> "my-study.yaml, line 4"."""
@@ -91,6 +96,7 @@ def load(
         study = Study.model_validate(tree)
         for key, checked in study.parts.items():
             _check(key, checked)
+        _check_figure(study)
     except ValidationError as error:
         raise StudyError(_explain(error, lines)) from None
     except StudyError as error:
@@ -220,9 +226,9 @@ def _read(source: str, lines: Lines, above: tuple[str, ...] = ()) -> dict[str, A
     if _kind_of(tree) is not None:
         return tree
     if "parts" not in tree:
-        part = {k: v for k, v in tree.items() if k not in _HEAD}
-        tree = {k: tree[k] for k in _HEAD if k in tree} | {"parts": {"main": part}}
-        moved = {k if k in _HEAD else f"parts.main.{k}": v for k, v in lines.items()}
+        part = {k: v for k, v in tree.items() if k not in _BESIDE}
+        tree = {k: tree[k] for k in _BESIDE if k in tree} | {"parts": {"main": part}}
+        moved = {k if k.partition(".")[0] in _BESIDE else f"parts.main.{k}": v for k, v in lines.items()}
         lines.clear()
         lines.update(moved)
     else:
@@ -278,6 +284,23 @@ def _keep(tree: dict[str, Any], methods: Sequence[str], asked: str) -> None:
         root["methods"] = {name: entry for name, entry in root["methods"].items() if name in methods}
         if kind is None and not root["methods"]:
             del tree["parts"][key]
+    if kind is None and isinstance(tree.get("figure"), dict):
+        _keep_panels(tree, methods)
+
+
+def _keep_panels(tree: dict[str, Any], methods: Sequence[str]) -> None:
+    """Drop the panels that show none of the methods, and the figure with the last of them."""
+    kept = []
+    for panel in tree["figure"].get("panels") or ():
+        if isinstance(panel, dict) and isinstance(panel.get("methods"), list):
+            panel["methods"] = [name for name in panel["methods"] if name in methods]
+            if not panel["methods"]:
+                continue
+        if not isinstance(panel, dict) or panel.get("part") is None or panel["part"] in tree["parts"]:
+            kept.append(panel)
+    tree["figure"]["panels"] = kept
+    if not kept:
+        del tree["figure"]
 
 
 def _tree(source: str, lines: Lines) -> dict[str, Any]:
@@ -347,7 +370,7 @@ def _change(tree: dict[str, Any], dotted: str, value: Any, asked: str, lines: Li
     keys = dotted.split(".")
     if keys[0] in tree["parts"]:
         keys.insert(0, "parts")
-    whole = keys[0] in ("parts", *_HEAD)
+    whole = keys[0] in ("parts", *_BESIDE)
     roots = {"": tree} if whole else {f"parts.{key}.": part for key, part in tree["parts"].items()}
     known: set[str] = set()
     missing = keys[0]
@@ -410,12 +433,8 @@ def _check_metric(part: Part, variants: Sequence[Variant], where: str) -> None:
             raise StudyError(f"{where}.measures names {name!r}, which a population does not measure; {hint}")
     if part.judged_by is None:
         return
-    every = ["online_loss", *MEASURED]
-    every += ["online_accuracy"] if stream_of(part, where).task == "classification" else []
-    every += ["sample_plasticity"] if part.plasticity_every else []
-    every += ["test_accuracy"] if stream_of(part, where).holds_out else []
     for variant in variants:
-        known = [*every, *(name for method in variant.interventions for name in method.MEASURES)]
+        known = _measured(part, [variant], where)
         if part.judged_by not in known:
             raise StudyError(
                 f"{where}.judged_by is {part.judged_by!r}, which nothing measures with {variant.method}; "
@@ -423,12 +442,49 @@ def _check_metric(part: Part, variants: Sequence[Variant], where: str) -> None:
             )
 
 
+def _measured(part: Part, variants: Sequence[Variant], where: str) -> list[str]:
+    """Every metric that a part's run records of some of the variants."""
+    stream = stream_of(part, where)
+    every = ["online_loss", *MEASURED, *part.measures]
+    every += ["online_accuracy"] if stream.task == "classification" else []
+    every += ["sample_plasticity"] if part.plasticity_every else []
+    every += ["test_accuracy"] if stream.holds_out else []
+    return [*every, *(name for variant in variants for method in variant.interventions for name in method.MEASURES)]
+
+
+def _check_figure(study: Study) -> None:
+    """That every panel of the figure shows what there is."""
+    for at, panel in enumerate(study.figure.panels if study.figure else ()):
+        where = f"figure.panels.{at}"
+        if panel.part is not None and panel.lines == "parts":
+            raise StudyError(f"{where}.part is {panel.part!r}, but with a line a part all are shown; leave it out")
+        if panel.part is not None and panel.part not in study.parts:
+            raise StudyError(f"{where}.part is {panel.part!r}; {nearest(panel.part, study.parts)}")
+        keys = list(study.parts) if panel.lines == "parts" else [panel.part or next(iter(study.parts))]
+        for key in keys:
+            part = study.parts[key]
+            for name in panel.methods or ():
+                if name not in part.methods:
+                    raise StudyError(f"{where}.methods: part {key} has no {name!r}; {nearest(name, part.methods)}")
+            shown = [v for v in variants_of(part, key, f"parts.{key}") if v.method in (panel.methods or part.methods)]
+            known = _measured(part, shown, f"parts.{key}")
+            if panel.metric is not None and panel.metric not in known:
+                raise StudyError(
+                    f"{where}.metric is {panel.metric!r}, which nothing measures in part {key}; "
+                    f"{nearest(panel.metric, known)}"
+                )
+
+
+_PART_MODELS: dict[int, type[BaseModel]] = {1: Study, 3: Part}
+_FIGURE_MODELS: dict[int, type[BaseModel]] = {1: Study, 2: MainFigure, 4: Panel}
+
+
 def _explain(error: ValidationError, lines: Lines) -> str:
     found = []
-    models: dict[int, type[BaseModel]] = {1: Study, 3: Part}
     for one in error.errors():
         path = [str(k) for k in one["loc"]]
         where = ".".join(path)
+        models = _FIGURE_MODELS if path[0] == "figure" else _PART_MODELS
         if one["type"] == "extra_forbidden":
             known = list(models.get(len(path), MethodEntry).model_fields)
             found.append(_place(f"{where}: {path[-1]!r} is not a key here; {nearest(path[-1], known)}", lines))
@@ -450,6 +506,20 @@ def _place(message: str, lines: Lines) -> str:
         if ".".join(keys[:count]) in lines:
             return f"{lines['.'.join(keys[:count])]}: {shown}"
     return shown
+
+
+def same_settings(one: str, other: str) -> bool:
+    """Whether two studies, as :func:`as_yaml` writes them, differ at most in what is told and drawn of them."""
+    return one == other or (_settings(one) is not None and _settings(one) == _settings(other))
+
+
+def _settings(text: str) -> Any:
+    """A study's tree without what is told and drawn of it; None if the text is no study."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return {k: v for k, v in tree.items() if k == "name" or k not in _BESIDE} if isinstance(tree, dict) else None
 
 
 def as_yaml(study: BaseModel | Sequence[Any]) -> str:

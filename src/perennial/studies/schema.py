@@ -79,6 +79,33 @@ class Part(_Strict):
     """What is compared."""
 
 
+class Panel(_Strict):
+    """One panel of a study's main figure: one metric against time."""
+
+    title: str = ""
+    """Its heading; the metric's name if left out."""
+    metric: str | None = None
+    """What is drawn; what the part is judged by if left out."""
+    part: str | None = None
+    """Of which part; the first if left out. With a line a part it is left out."""
+    methods: list[str] | None = Field(default=None, min_length=1)
+    """Of which methods; of all if left out."""
+    lines: Literal["methods", "settings", "parts"] = "methods"
+    """What the lines are: each method at its best setting; every setting of each method, beside the linear learner at
+    its best; or the methods at their best setting in every part."""
+
+
+class MainFigure(_Strict):
+    """The figure at the top of a study's report: of a paper's experiment, the paper's own panels and axes."""
+
+    title: str
+    """Its heading; of a paper's experiment, which of its figures this is."""
+    axis: Literal["steps", "tasks"] = "steps"
+    """What time is counted in."""
+    panels: list[Panel] = Field(min_length=1)
+    """In reading order."""
+
+
 class _Described(_Strict):
     """What every study says of itself."""
 
@@ -95,6 +122,8 @@ class _Described(_Strict):
 class Study(_Described):
     """A study with everything spelled out."""
 
+    figure: MainFigure | None = None
+    """The figure at the top of the report; none if left out."""
     parts: dict[str, Part] = Field(min_length=1)
     """The experiments, by a short name."""
 
