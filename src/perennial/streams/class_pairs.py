@@ -130,8 +130,8 @@ def _by_class(data: str, part: str, count: int | None) -> Tensor:
 class _Feed:
     def __init__(self, stream: ClassPairs, seeds: tuple[int, ...], device: torch.device) -> None:
         self.seeds, self.device = seeds, device
-        self.batch, self.epochs, self.epoch_length = stream.batch_size, stream.epochs, stream.epoch_steps()
         self.train, self.test = (part.to(device) for part in stream.parts())
+        self.batch, self.epochs, self.epoch_length = stream.batch_size, stream.epochs, stream.epoch_steps()
         self.classes = lru_cache(maxsize=4)(self._classes)
         self.order = lru_cache(maxsize=4)(self._order)
 
