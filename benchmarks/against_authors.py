@@ -27,7 +27,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from perennial import MLP, SGD, UPGD, ContinualBackprop, Lane, Population, SlowlyChangingRegression, attach
+from perennial import (
+    MLP,
+    SGD,
+    UPGD,
+    Adam,
+    ContinualBackprop,
+    Lane,
+    Population,
+    ResetLayers,
+    SlowlyChangingRegression,
+    attach,
+)
 from perennial.networks import ConvNet, UPGDConvNet
 from perennial.resnet import ResNet18
 from perennial.streams import Examples, Stream
@@ -46,6 +57,9 @@ class RandomImages(Stream):
     outputs: int = 10  # type: ignore[misc]
     input_shape: tuple[int, ...] = (784,)  # type: ignore[misc]
     batch_size: int = 1
+
+    def task_length(self) -> int:
+        return 5000
 
     def open(self, seeds: Sequence[int], device: torch.device) -> RandomFeed:
         return RandomFeed(self, len(seeds))
@@ -157,6 +171,33 @@ def authors_upgd(inputs: int, outputs: int) -> Timed:
     optimizer = FirstOrderGlobalUPGD(net.named_parameters(), lr=0.01, beta_utility=0.9999, sigma=0.1, weight_decay=0.01)
     x, y = torch.rand(1, inputs), torch.randint(outputs, (1,))
     return of_calls(_step_of(net, optimizer, x, y))
+
+
+def restarts() -> Population:
+    """One lane of Adam whose network is drawn anew with every task."""
+    again = ResetLayers(last=None)
+    return Population(lambda: MLP(hidden=(300, 150)).build(784, 10), RandomImages(), [Lane(0, Adam(lr=1e-3), (again,))])
+
+
+def authors_restarts() -> Timed:
+    """The same by mohmdelsayed/upgd: its Adam, and layers that draw their weights anew every 5,000 steps."""
+    from core.optim.adam import Adam as Theirs
+
+    net = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 150), nn.ReLU(), nn.Linear(150, 10))
+    optimizer = Theirs(net.named_parameters(), lr=1e-3)
+    x, y = torch.rand(1, 784), torch.randint(10, (1,))
+    made, step = 0, _step_of(net, optimizer, x, y)
+
+    def step_or_restart() -> None:
+        nonlocal made
+        step()
+        made += 1
+        if made % 5000 == 0:
+            for layer in net:
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+
+    return of_calls(step_or_restart)
 
 
 def pictures(network: ConvNet | UPGDConvNet, outputs: int, batch: int, rule: Any, keep: bool) -> Population:
@@ -301,6 +342,7 @@ WORK: list[tuple[str, int, float | None, Callable[[], Population | Timed], Calla
     ("ant, PPO and continual backprop", 1, None, ant, authors_ant),
     ("UPGD, 784-300-150-10", 1, 8, lambda: images((300, 150), UPGD_RULE, False),
      lambda: authors_upgd(784, 10)),
+    ("UPGD's Adam, 784-300-150-10, drawn anew", 1, None, restarts, authors_restarts),
     ("UPGD, 2048-300-150-100", 1, None, features, lambda: authors_upgd(2048, 100)),
     ("UPGD, two convolutions and 400-120-84-10", 1, None,
      lambda: pictures(UPGDConvNet(), 10, 1, PICTURES_RULE, False), authors_upgd_pictures),

@@ -19,11 +19,24 @@ from PIL import Image
 from references import lane, populate, same
 from scipy import stats
 from torch import Tensor
+from torch.func import functional_call
 
-from perennial import SGD, UPGD, Adam, ContinualBackprop, Lane, PermutedDigits, SlowlyChangingRegression
+from perennial import (
+    MLP,
+    SGD,
+    UPGD,
+    Adam,
+    ContinualBackprop,
+    Lane,
+    PermutedDigits,
+    Population,
+    SlowlyChangingRegression,
+)
 from perennial.streams import (
     REGISTRY,
+    ChangingAverage,
     ClassPairs,
+    HeldOutEMNIST,
     LabelPermutedCIFAR10,
     LabelPermutedEMNIST,
     LabelPermutedMiniImageNet,
@@ -60,6 +73,9 @@ SMALL: dict[str, Stream] = {
     "cifar10": LabelPermutedCIFAR10(task_steps=40),
     "mini-imagenet": LabelPermutedMiniImageNet(task_steps=40),
     "sum": SumOfTwo(task_steps=20),
+    "average, signs": ChangingAverage(task_steps=20),
+    "average, inputs": ChangingAverage(change="inputs", task_steps=20),
+    "held-out emnist": HeldOutEMNIST(task_steps=40),
     "pairs": ClassPairs(epochs=2, batch_size=60),
 }
 FILES = {
@@ -67,6 +83,7 @@ FILES = {
     "nature mnist": "mnist/train-images-idx3-ubyte.gz",
     "stationary mnist": "mnist/train-images-idx3-ubyte.gz",
     "emnist": "emnist47/train-images-idx3-ubyte.gz",
+    "held-out emnist": "emnist47/t10k-images-idx3-ubyte.gz",
     "cifar10": "cifar10/train.parquet",
     "pairs": "tiny-imagenet-32/train.parquet",
     "mini-imagenet": "mini-imagenet/features.npz",
@@ -409,6 +426,39 @@ def test_labels_are_permuted_and_pixels_stay() -> None:
     assert not torch.equal(*maps)
 
 
+@pytest.mark.skipif(not (DATA / FILES["held-out emnist"]).exists(), reason="EMNIST is not here")
+def test_held_out_images_are_test_images_with_the_labels_of_the_task_in_force() -> None:
+    stream = HeldOutEMNIST(task_steps=30)
+    feed: Any = stream.open([5, 9], torch.device("cpu"))
+    same: Any = LabelPermutedEMNIST(task_steps=30).open([5, 9], torch.device("cpu"))
+    for mine, theirs in zip(feed.examples(0, 70), same.examples(0, 70), strict=True):
+        assert torch.equal(mine, theirs)
+    pixels, classes = images("emnist", "test")
+    for step in (0, 29, 30, 65):
+        inputs, labels = feed.held_out(step)
+        assert inputs.shape == (250, 784, 2)
+        for seed in range(2):
+            assert torch.allclose(inputs[..., seed], pixels[:250].flatten(1).float() / 127.5 - 1)
+            assert torch.equal(labels[:, seed], same.labels(step // 30)[:, seed][classes[:250]])
+    with pytest.raises(ValueError, match=r"test_images is 100000, but EMNIST's files here have \d+ test images"):
+        HeldOutEMNIST(test_images=100_000).open([0], torch.device("cpu"))
+
+
+@pytest.mark.skipif(not (DATA / FILES["held-out emnist"]).exists(), reason="EMNIST is not here")
+def test_a_population_is_tested_on_what_was_held_out() -> None:
+    stream = HeldOutEMNIST(task_steps=30, test_images=40)
+    population = Population(lambda: MLP(hidden=(8,)).build(784, 47), stream, [Lane(3, SGD(lr=0.05))], compiled=False)
+    population.advance(30)
+    inputs, labels = stream.open([3], torch.device("cpu")).held_out(29)
+    said = functional_call(
+        MLP(hidden=(8,)).build(784, 47), {n: w[..., 0] for n, w in population.state.params.items()}, (inputs[..., 0],)
+    )
+    right = (said.argmax(1) == labels[:, 0]).double().mean()
+    assert torch.equal(population.collect(30)["test_accuracy"], right[None])
+    population.advance(10)
+    assert "test_accuracy" not in population.collect(10)
+
+
 def test_stationary_mnist_never_changes() -> None:
     stream = StationaryMNIST()
     assert stream.pixels(None, 3) is None  # type: ignore[arg-type]
@@ -655,3 +705,35 @@ def test_the_target_is_the_sum_of_the_same_two_inputs_through_a_task() -> None:
         chosen.append(task.int().argmax(0))
     assert set(torch.cat(chosen).tolist()) == set(range(len(pairs)))
     assert not torch.equal(*chosen)
+
+
+# --- a changing average ---------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_of_two_inputs_for_good_and_its_sign_alternates() -> None:
+    inputs, targets = Opened(ChangingAverage(width=4, task_steps=30), list(range(60))).examples(0, 90)
+    x, y = inputs[:, :, 0], targets[:, :, 0, 0]
+    assert abs(float(x.mean())) < 0.03
+    assert abs(float(x.var()) - 1) < 0.03
+    y = y * torch.tensor([1.0, -1.0, 1.0]).repeat_interleave(30)[:, None]
+    pairs = [(i, j) for i in range(4) for j in range(i, 4)]
+    right = torch.stack([((x[..., i] + x[..., j]) / 2 - y).abs() < 1e-6 for i, j in pairs]).all(1)
+    assert right.sum(0).tolist() == [1] * 60
+    assert set(right.int().argmax(0).tolist()) == set(range(len(pairs)))
+
+
+def test_the_average_goes_round_the_inputs() -> None:
+    inputs, targets = Opened(ChangingAverage(change="inputs", width=6, task_steps=5), [0, 4]).examples(0, 40)
+    for step in range(40):
+        first = 2 * (step // 5 % 3)
+        mean = inputs[step, :, 0, first : first + 2].mean(-1)
+        assert torch.allclose(targets[step, :, 0, 0], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"change": "both"}, "one of sign, inputs"), ({"width": 5}, "must be even"), ({"width": 0}, "at least 2")],
+)
+def test_what_a_changing_average_cannot_be_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ChangingAverage(**settings)

@@ -99,6 +99,11 @@ class SeededNoise:
         element = torch.arange(count, dtype=torch.int32, device=self.device)
         return self._noise.uniform(name, element[:, None])
 
+    def normal(self, name: str, count: int) -> Tensor:
+        """The same of standard normal numbers."""
+        element = torch.arange(count, dtype=torch.int32, device=self.device)
+        return self._noise.normal(name, element[:, None])
+
     def order(self, name: str, count: int) -> Tensor:
         """A uniformly random order of ``count`` things at the first position: int64 [count, seeds]."""
         return self.uniform(name, count)[0].argsort(dim=0, stable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from perennial.streams.base import SeededNoise
 from perennial.streams.files import data_folder, flat_images
-from perennial.streams.online_images import OnlineImages
+from perennial.streams.online_images import OnlineImages, OnlineImagesFeed
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,51 @@ class LabelPermutedEMNIST(_LabelPermuted):
 
     def data(self) -> tuple[Tensor, Tensor]:
         return flat_images("emnist")
+
+
+@dataclass(frozen=True)
+class HeldOutEMNIST(LabelPermutedEMNIST):
+    """Label-permuted EMNIST with images that are never trained on: what a task leaves behind, apart from being quick.
+
+    At the end of every task the network is tested on the first so many test images, labelled as in that task. The
+    offline evaluation of Elsayed and Mahmood (ICLR 2024), whose code tests one step later, after the first example of
+    the next task.
+
+    Raises:
+        FileNotFoundError: EMNIST is not where ``PERENNIAL_DATA`` says.
+        ValueError: it has fewer test images.
+    """
+
+    name = "held_out_emnist"
+    holds_out = True
+
+    test_images: int = 250
+    """Test images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("test_images", self.test_images, 1)
+
+    def open(self, seeds: Sequence[int], device: torch.device) -> _HeldOutFeed:
+        return _HeldOutFeed(self, tuple(seeds), device)
+
+
+class _HeldOutFeed(OnlineImagesFeed):
+    def __init__(self, stream: HeldOutEMNIST, seeds: tuple[int, ...], device: torch.device):
+        super().__init__(stream, seeds, device)
+        shown, classes = flat_images("emnist", "test")
+        if len(classes) < stream.test_images:
+            raise ValueError(
+                f"held_out_emnist.test_images is {stream.test_images}, but EMNIST's files here have {len(classes)} "
+                "test images; ask for fewer"
+            )
+        self.test = shown[: stream.test_images].to(device), classes[: stream.test_images].to(device)
+
+    def held_out(self, step: int) -> tuple[Tensor, Tensor]:
+        labels = self.labels(step // self.length)
+        assert labels is not None, "labels are permuted"
+        inputs, classes = self.test
+        return self.stream.scaled(inputs)[..., None].expand(-1, -1, len(self.seeds)), labels[classes]
 
 
 @dataclass(frozen=True)
