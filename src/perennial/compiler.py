@@ -28,7 +28,7 @@ def cache_folder() -> Path:
     return Path(base).expanduser()
 
 
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
 
 Step = Callable[[list[Tensor]], Any]
 
@@ -87,7 +87,7 @@ def compile_step(
             "size_asserts": False,  # the caller owns the tensors and never changes their layout
             "alignment_asserts": False,
         }
-        with config.patch(patches), _lanes_innermost(lanes):
+        with config.patch(patches | _vectors(lanes)), _lanes_innermost(lanes), _tails_stored_whole():
             compiled: Step = compile_fx_inner(graph, example)
     return compiled
 
@@ -124,7 +124,7 @@ def compile_any_size(
             "size_asserts": False,
             "alignment_asserts": False,
         }
-        with config.patch(patches):
+        with config.patch(patches), _tails_stored_whole():
             compiled: Any = compile_fx_inner(graph, symbolic)
     # What is around it serves autotuning and profiling, and takes longer than a small matrix.
     inner: Step | None = getattr(compiled, "current_callable", None)
@@ -191,6 +191,38 @@ def _lanes_innermost(lanes: int) -> Iterator[None]:
     finally:
         ir.StorageBox.realize = realize  # type: ignore[method-assign]
         ir.ConcatKernel.realize_into = join  # type: ignore[method-assign]
+
+
+def _vectors(lanes: int) -> dict[str, Any]:
+    """Settings that keep lanes to vectors that they fill: they are padded to eight, not to the sixteen of AVX-512."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return {"cpp.simdlen": 256} if lanes > 1 and pick_vec_isa().bit_width() > 256 else {}
+
+
+@contextlib.contextmanager
+def _tails_stored_whole() -> Iterator[None]:
+    """See that a reduction over the inner of two tiled loops ends with as many numbers as the outer loop has left.
+
+    Inductor 2.13 looks for the inner loop right below the outer one. With a loop between them it stores a whole vector
+    for what is left, over the end of the buffer (https://github.com/pytorch/pytorch/issues/196681).
+    """
+    from torch._inductor.codegen import cpp
+
+    usual = cpp.CppKernelProxy.aggregate_reduction_buffers
+
+    def aggregate(proxy: Any, split: bool, outer: Any) -> None:
+        main = proxy.kernels[0]
+        if isinstance(main, cpp.CppTile2DKernel):
+            first, second = (proxy.loop_nest.loops[at] for at in main.tiling_indices)
+            split = second.is_reduction and not first.is_reduction
+        usual(proxy, split, outer)
+
+    cpp.CppKernelProxy.aggregate_reduction_buffers = aggregate  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        cpp.CppKernelProxy.aggregate_reduction_buffers = usual  # type: ignore[method-assign]
 
 
 _warned = False
