@@ -113,6 +113,17 @@ def test_the_main_figure_has_the_lines_that_its_panels_ask_for(tmp_path: Path) -
     assert shown.to_list() == pytest.approx([mine.get_column("value").mean()])
 
 
+def test_lines_of_the_main_figure_whose_labels_are_the_same_stay_apart(tmp_path: Path) -> None:
+    figure = {"title": "x", "panels": [{"metric": "online_loss"}]}
+    run = build(tmp_path / "run", parts={"relu": "regression"}, methods=("backprop", "l2"), figure=figure)
+    text = (run / "study.yaml").read_text()
+    (run / "study.yaml").write_text(text.replace("label: L2", "label: Backprop"))
+    write_report(run)
+    frame = pl.read_csv(run / "tables" / "main-figure.csv")
+    assert frame.get_column("line").unique(maintain_order=True).to_list() == ["Backprop (backprop)", "Backprop (l2)"]
+    assert frame.group_by("line").len().get_column("len").to_list() == [5, 5]
+
+
 def test_the_main_figure_counts_tasks_where_they_are_known(tmp_path: Path) -> None:
     stream = {"name": "slowly_changing_regression", "flip_after": 20_000}
     run, frame = _main_figure(tmp_path, stream)

@@ -65,7 +65,7 @@ def tabulate_main(run: Run, tables: Mapping[str, Tables]) -> pl.DataFrame:
                     "part": part.key,
                     "method": series.method.key,
                     "settings": series.settings,
-                    "line": _name(part, panel, series),
+                    "line": _name(run, part, panel, series),
                 }
                 made = estimate(series.values)
                 for step, mean, low, high, lanes in zip(series.steps, *made, strict=True):
@@ -156,23 +156,32 @@ def _values(series: Series) -> list[tuple[bool, float, str]]:
     return [(True, 0.0, value) if isinstance(value, str) else (False, value, "") for value in values]
 
 
-def _name(part: Part, panel: Panel, series: Series) -> str:
-    several = len(panel.methods or part.methods) > 1
+def _name(run: Run, part: Part, panel: Panel, series: Series) -> str:
+    """A line's name for readers: no two of a panel are the same."""
+    label, several = series.method.label, len(panel.methods or part.methods) > 1
+    if sum(method.label == label for method in part.methods) > 1:
+        label = f"{label} ({series.method.key})"
     if panel.lines == "parts":
-        return f"{part.title}, {series.method.label}" if several else part.title
+        alike = sum(one.title == part.title for one in run.parts) > 1
+        title = f"{part.title} ({part.key})" if alike else part.title
+        return f"{title}, {label}" if several else title
     if panel.lines == "methods" or not series.settings or series.method.linear:
-        return series.method.label
+        return label
     alone = sum(not method_of(part, key).linear for key in panel.methods or [m.key for m in part.methods]) == 1
-    return readable(series.settings) if alone else f"{series.method.label}, {readable(series.settings)}"
+    return readable(series.settings) if alone else f"{label}, {readable(series.settings)}"
 
 
 def _looks(run: Run, known: pl.DataFrame, looks: Mapping[str, Look]) -> dict[str, Look]:
     """By the names of the lines; methods have the colours that they have on the whole page."""
-    labels = {method.label: method for part in run.parts for method in part.methods}
+    labels = {method.label for part in run.parts for method in part.methods}
     found: dict[str, Look] = {}
-    for name in known.get_column("line").unique(maintain_order=True):
-        method = labels.get(name)
-        found[name] = looks[method.key] if method else other(len(set(found) - set(labels)))
+    free = 0
+    for name, method in known.group_by("line", maintain_order=True).agg(pl.col("method").first()).iter_rows():
+        if name in labels or name.endswith(f" ({method})"):
+            found[name] = looks[method]
+        else:
+            found[name] = other(free)
+            free += 1
     return found
 
 
