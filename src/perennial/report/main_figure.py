@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -150,10 +151,15 @@ def _shown(run: Run, part: Part, panel: Panel, metric: str, tables: Tables) -> I
             yield series
 
 
-def _values(series: Series) -> list[tuple[bool, float, str]]:
-    """What a method's settings are ordered by: their values, numbers first."""
+def _values(series: Series) -> list[tuple[list[float], str]]:
+    """What a method's settings are ordered by: their values, several numbers one by one."""
     values = swept(series.settings).values()
-    return [(True, 0.0, value) if isinstance(value, str) else (False, value, "") for value in values]
+    return [
+        ([float(one) for one in re.findall(r"[\d.]+(?:e[+-]?\d+)?", value)], value)
+        if isinstance(value, str)
+        else ([value], "")
+        for value in values
+    ]
 
 
 def _name(run: Run, part: Part, panel: Panel, series: Series) -> str:
