@@ -41,7 +41,7 @@ from perennial import (
 )
 from perennial.networks import ConvNet, UPGDConvNet
 from perennial.resnet import ResNet18
-from perennial.streams import Examples, Stream
+from perennial.streams import ChangingAverage, Examples, Stream
 
 BATCH = 90
 """Images a step of the ResNet."""
@@ -200,6 +200,29 @@ def authors_restarts() -> Timed:
     return of_calls(step_or_restart)
 
 
+def average() -> Population:
+    """One lane of UPGD on the deep linear network of a changing average."""
+    network = MLP(hidden=(300, 150), activation="linear")
+    rule = UPGD(lr=0.01, utility_decay=0.9, noise_std=0.1)
+    return Population(lambda: network.build(16, 1), ChangingAverage(), [Lane(0, rule)])
+
+
+def authors_average() -> Timed:
+    """The same by mohmdelsayed/upgd."""
+    from core.optim.weight_upgd.first_order import FirstOrderGlobalUPGD
+
+    net = nn.Sequential(nn.Linear(16, 300), nn.Linear(300, 150), nn.Linear(150, 1))
+    optimizer = FirstOrderGlobalUPGD(net.named_parameters(), lr=0.01, beta_utility=0.9, sigma=0.1, weight_decay=0.0)
+    x, y = torch.randn(1, 16), torch.randn(1, 1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+
+    return of_calls(step)
+
+
 def pictures(network: ConvNet | UPGDConvNet, outputs: int, batch: int, rule: Any, keep: bool) -> Population:
     """One lane of a convolutional network."""
     stream = RandomImages(3072, outputs, (3, 32, 32), batch)
@@ -344,6 +367,7 @@ WORK: list[tuple[str, int, float | None, Callable[[], Population | Timed], Calla
      lambda: authors_upgd(784, 10)),
     ("UPGD's Adam, 784-300-150-10, drawn anew", 1, None, restarts, authors_restarts),
     ("UPGD, 2048-300-150-100", 1, None, features, lambda: authors_upgd(2048, 100)),
+    ("UPGD, 16-300-150-1, linear", 1, None, average, authors_average),
     ("UPGD, two convolutions and 400-120-84-10", 1, None,
      lambda: pictures(UPGDConvNet(), 10, 1, PICTURES_RULE, False), authors_upgd_pictures),
 ]  # fmt: skip
