@@ -14,7 +14,7 @@ from made_up_run import FIGURE, GRIDS, RATE, STEP_SIZE, build
 from perennial.report import summary_numbers, summary_table, write_report
 from perennial.report.figures import positions, spread
 from perennial.report.load import load
-from perennial.report.looks import KNOWN, OTHERS, looks
+from perennial.report.looks import KNOWN, OTHERS, looks, other
 from perennial.report.series import swept
 from perennial.report.words import examples, interval_text, mean_text, number, readable
 from perennial.statistics import Floats, estimate, run_average
@@ -278,6 +278,8 @@ def test_colours_are_fixed_by_key(small: Path) -> None:
     for entry in everyone:
         assert _contrast(entry.colour) >= 3
     assert len({(entry.dash, entry.marker) for entry in everyone}) == len(everyone)
+    assert len({other(at) for at in range(36)}) == 36
+    assert [other(at) for at in range(len(OTHERS))] == list(OTHERS)
 
 
 DICHROMACY = {  # Machado, Oliveira and Fernandes (2009), of linear RGB

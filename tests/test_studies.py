@@ -236,6 +236,8 @@ def test_a_figure_keeps_what_is_left_to_show(tmp_path: Path) -> None:
     base = written(tmp_path, GOOD + f"figure:\n  title: x\n  panels: {panels}\n")
     whole = load(base).figure
     assert whole is not None
+    with pytest.raises(StudyError, match="panels is 5"):
+        load(written(tmp_path, GOOD + "figure: {title: x, panels: 5}\n", "wrong.yaml"), methods=["backprop"])
     assert [panel.methods for panel in whole.panels] == [["keeper"], ["backprop"], None]
     some = load(base, methods=["backprop"]).figure
     assert some is not None

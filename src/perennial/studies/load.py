@@ -284,14 +284,15 @@ def _keep(tree: dict[str, Any], methods: Sequence[str], asked: str) -> None:
         root["methods"] = {name: entry for name, entry in root["methods"].items() if name in methods}
         if kind is None and not root["methods"]:
             del tree["parts"][key]
-    if kind is None and isinstance(tree.get("figure"), dict):
+    figure = tree.get("figure")
+    if kind is None and isinstance(figure, dict) and isinstance(figure.get("panels"), list):
         _keep_panels(tree, methods)
 
 
 def _keep_panels(tree: dict[str, Any], methods: Sequence[str]) -> None:
     """Drop the panels that show none of the methods, and the figure with the last of them."""
     kept = []
-    for panel in tree["figure"].get("panels") or ():
+    for panel in tree["figure"]["panels"]:
         if isinstance(panel, dict) and isinstance(panel.get("methods"), list):
             panel["methods"] = [name for name in panel["methods"] if name in methods]
             if not panel["methods"]:
