@@ -122,6 +122,13 @@ def test_lines_of_the_main_figure_whose_labels_are_the_same_stay_apart(tmp_path:
     frame = pl.read_csv(run / "tables" / "main-figure.csv")
     assert frame.get_column("line").unique(maintain_order=True).to_list() == ["Backprop (backprop)", "Backprop (l2)"]
     assert frame.group_by("line").len().get_column("len").to_list() == [5, 5]
+    grids = {"l2": {STEP_SIZE: [0.12351, 0.12352]}}
+    figure = {"title": "costs $5 or \\nosuch$", "panels": [{"metric": "online_loss", "lines": "settings"}]}
+    run = build(tmp_path / "two", parts={"relu": "regression"}, methods=("l2",), grids=grids, figure=figure)
+    write_report(run)
+    frame = pl.read_csv(run / "tables" / "main-figure.csv")
+    assert frame.get_column("line").n_unique() == 2
+    assert "costs $5 or" in (run / "figures" / "main-figure.svg").read_text()
 
 
 def test_the_main_figure_counts_tasks_where_they_are_known(tmp_path: Path) -> None:

@@ -251,6 +251,44 @@ def test_a_figure_keeps_what_is_left_to_show(tmp_path: Path) -> None:
     assert load("nature/continual-imagenet", methods=["l2"]).figure.panels[0].part == "methods"  # type: ignore[union-attr]
 
 
+TWO = """\
+figure:
+  title: x
+  panels: [{title: one, lines: settings}, {part: two}, {lines: parts}]
+parts:
+  one:
+    stream: {name: permuted_digits}
+    network: {name: mlp, hidden: [8]}
+    steps: 400
+    bin: 100
+    seeds: 2
+    methods: {backprop: {rule: {name: sgd}}}
+  two:
+    stream: {name: slowly_changing_regression}
+    network: {name: mlp, hidden: [8]}
+    steps: 400
+    bin: 100
+    seeds: 2
+    methods: {adam: {rule: {name: adam}}}
+"""
+
+
+def test_a_panel_goes_with_its_part_and_has_one_metric(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"one by online_accuracy, two by online_loss\); add metric"):
+        load(written(tmp_path, TWO))
+    path = written(tmp_path, TWO.replace("{lines: parts}", "{metric: dead_units, lines: parts}"))
+    assert len(load(path).figure.panels) == 3  # type: ignore[union-attr]
+    left = load(path, methods=["adam"]).figure
+    assert left is not None
+    assert [(panel.title, panel.part, panel.lines) for panel in left.panels] == [
+        ("", "two", "methods"),
+        ("", None, "parts"),
+    ]
+    wrong = written(tmp_path, TWO.replace("{part: two}", "{part: [two]}"), "wrong.yaml")
+    with pytest.raises(StudyError, match="part is "):
+        load(wrong, methods=["adam"])
+
+
 def test_only_words_and_pictures_may_differ_for_one_to_go_on() -> None:
     one = as_yaml(load("nature/permuted-mnist-small"))
     assert same_settings(one, one)
@@ -260,6 +298,9 @@ def test_only_words_and_pictures_may_differ_for_one_to_go_on() -> None:
     assert not same_settings(one, "")
     assert not same_settings("{", one)
     assert not same_settings("{", "[")
+    turned = yaml.safe_load(one)
+    turned["parts"]["main"]["methods"] = dict(reversed(turned["parts"]["main"]["methods"].items()))
+    assert not same_settings(one, yaml.safe_dump(turned, sort_keys=False))  # lanes are kept by their place
 
 
 def test_yaml_is_plain() -> None:

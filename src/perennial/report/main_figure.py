@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -73,7 +74,10 @@ def tabulate_main(run: Run, tables: Mapping[str, Tables]) -> pl.DataFrame:
                     point = {"mean": mean, "low": low, "high": high, "lanes": lanes, "step": step}
                     rows.append(known | point | {"time": step / lengths.get(part.key, 1)})
     frame = pl.DataFrame({name: [row[name] for row in rows] for name in _COLUMNS}, schema=_COLUMNS)
-    return frame.with_columns(pl.col(pl.Float64).fill_nan(None))
+    # Numbers so close that readers see the same are told apart by all their digits.
+    alike = pl.struct("part", "method", "settings").n_unique().over("panel", "line") > 1
+    told = pl.format("{} ({})", "line", "settings")
+    return frame.with_columns(pl.col(pl.Float64).fill_nan(None), line=pl.when(alike).then(told).otherwise("line"))
 
 
 def draw_main(run: Run, frame: pl.DataFrame, looks: Mapping[str, Look]) -> Drawing | None:
@@ -87,8 +91,10 @@ def draw_main(run: Run, frame: pl.DataFrame, looks: Mapping[str, Look]) -> Drawi
     known = frame.filter(pl.col("mean").is_not_null())
     if run.figure is None or known.is_empty():
         return None
-    panels = [group for _, group in known.group_by("panel", maintain_order=True)]
-    names = [tuple(panel.get_column("line").unique(maintain_order=True)) for panel in panels]
+    names = [
+        tuple(g.get_column("line").unique(maintain_order=True)) for _, g in known.group_by("panel", maintain_order=True)
+    ]
+    panels = [frame.filter(panel=at) for at in known.get_column("panel").unique(maintain_order=True)]
     shared = len({frozenset(name) for name in names}) == 1
     shown = _looks(run, known, looks)
     across = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
@@ -100,7 +106,7 @@ def draw_main(run: Run, frame: pl.DataFrame, looks: Mapping[str, Look]) -> Drawi
     foot = _ROW * math.ceil(len(names[0]) / columns) + 12 if shared else 6.0
     height = _TOP + sum(steps) + foot
     by_tasks = bool(_task_steps(run))
-    axis = "task number" if by_tasks else so_far(run.parts[0])
+    unit = {part.key: "task number" if by_tasks else so_far(part) for part in run.parts}
     with drawing_style(NAME):
         figure = Figure(figsize=(WIDE[0] / 72, height / 72), facecolor="white")
         said = []
@@ -108,7 +114,7 @@ def draw_main(run: Run, frame: pl.DataFrame, looks: Mapping[str, Look]) -> Drawi
             left, top = _LEFT + (at % across) * (width + _GAP), _TOP + sum(steps[: at // across]) + _TITLE
             axes = figure.add_axes((left / WIDE[0], 1 - (top + tall) / height, width / WIDE[0], tall / height))
             lines = _draw(axes, panel, shown, by_tasks)
-            axes.set_xlabel(axis, fontsize=_SMALL, labelpad=4)
+            axes.set_xlabel(unit[panel.row(0, named=True)["part"]], fontsize=_SMALL, labelpad=4)
             title, metric = panel.row(0, named=True)["title"], measure(panel.row(0, named=True)["metric"])
             axes.set_title(title, fontsize=LABEL, loc="left", color="#2b2b2b")
             if title != metric.label:
@@ -122,7 +128,7 @@ def draw_main(run: Run, frame: pl.DataFrame, looks: Mapping[str, Look]) -> Drawi
             handles, labels = figure.axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=_SMALL)
         heading(figure, run.figure.title)
-        description = f"Panels against {axis}. At the end: {'; '.join(said)}."
+        description = f"Panels against {' or '.join(dict.fromkeys(unit.values()))}. At the end: {'; '.join(said)}."
         return render(figure, NAME, f"{run.figure.title}: {run.title}", description, 1.0)
 
 
@@ -181,13 +187,12 @@ def _looks(run: Run, known: pl.DataFrame, looks: Mapping[str, Look]) -> dict[str
     """By the names of the lines; methods have the colours that they have on the whole page."""
     labels = {method.label for part in run.parts for method in part.methods}
     found: dict[str, Look] = {}
-    free = 0
+    free = (look for at in itertools.count() if (look := other(at)) not in looks.values())
     for name, method in known.group_by("line", maintain_order=True).agg(pl.col("method").first()).iter_rows():
         if name in labels or name.endswith(f" ({method})"):
             found[name] = looks[method]
         else:
-            found[name] = other(free)
-            free += 1
+            found[name] = next(free)
     return found
 
 

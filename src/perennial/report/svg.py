@@ -20,6 +20,7 @@ _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 11.0,
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "axes.edgecolor": "#8a8a8a",
     "axes.linewidth": 0.8,
     "axes.spines.top": False,

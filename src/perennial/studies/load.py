@@ -271,6 +271,7 @@ def _keep(tree: dict[str, Any], methods: Sequence[str], asked: str) -> None:
     """Drop all methods but those named, and parts that have none of them."""
     kind = _kind_of(tree)
     roots = tree["parts"] if kind is None else {key: tree.get(key) for key in kind.roots}
+    before = list(roots)
     having = {key: r for key, r in roots.items() if isinstance(r, dict) and isinstance(r.get("methods"), dict)}
     known = {name for root in having.values() for name in root["methods"]}
     if not known:
@@ -286,18 +287,23 @@ def _keep(tree: dict[str, Any], methods: Sequence[str], asked: str) -> None:
             del tree["parts"][key]
     figure = tree.get("figure")
     if kind is None and isinstance(figure, dict) and isinstance(figure.get("panels"), list):
-        _keep_panels(tree, methods)
+        _keep_panels(tree, methods, before)
 
 
-def _keep_panels(tree: dict[str, Any], methods: Sequence[str]) -> None:
-    """Drop the panels that show none of the methods, and the figure with the last of them."""
+def _keep_panels(tree: dict[str, Any], methods: Sequence[str], before: Sequence[str]) -> None:
+    """Drop the panels that show none of the methods or a part that is gone, and the figure with the last of them.
+
+    ``before`` are the parts that there were; a panel that names none shows the first.
+    """
+    first, gone = before[0], set(before) - set(tree["parts"])
     kept = []
     for panel in tree["figure"]["panels"]:
         if isinstance(panel, dict) and isinstance(panel.get("methods"), list):
             panel["methods"] = [name for name in panel["methods"] if name in methods]
             if not panel["methods"]:
                 continue
-        if not isinstance(panel, dict) or panel.get("part") is None or panel["part"] in tree["parts"]:
+        part = None if not isinstance(panel, dict) or panel.get("lines") == "parts" else panel.get("part") or first
+        if not isinstance(part, str) or part not in gone:
             kept.append(panel)
     tree["figure"]["panels"] = kept
     if not kept:
@@ -462,6 +468,10 @@ def _check_figure(study: Study) -> None:
         if panel.part is not None and panel.part not in study.parts:
             raise StudyError(f"{where}.part is {panel.part!r}; {nearest(panel.part, study.parts)}")
         keys = list(study.parts) if panel.lines == "parts" else [panel.part or next(iter(study.parts))]
+        judged = {key: _judged_by(study.parts[key], key) for key in keys}
+        if panel.metric is None and len(set(judged.values())) > 1:
+            told = ", ".join(f"{key} by {metric}" for key, metric in judged.items())
+            raise StudyError(f"{where}: its parts are judged by different metrics ({told}); add metric")
         for key in keys:
             part = study.parts[key]
             for name in panel.methods or ():
@@ -474,6 +484,11 @@ def _check_figure(study: Study) -> None:
                     f"{where}.metric is {panel.metric!r}, which nothing measures in part {key}; "
                     f"{nearest(panel.metric, known)}"
                 )
+
+
+def _judged_by(part: Part, key: str) -> str:
+    usual = "online_accuracy" if stream_of(part, f"parts.{key}").task == "classification" else "online_loss"
+    return part.judged_by or usual
 
 
 _PART_MODELS: dict[int, type[BaseModel]] = {1: Study, 3: Part}
@@ -510,17 +525,19 @@ def _place(message: str, lines: Lines) -> str:
 
 
 def same_settings(one: str, other: str) -> bool:
-    """Whether two studies, as :func:`as_yaml` writes them, differ at most in what is told and drawn of them."""
+    """Whether two studies, as :func:`as_yaml` writes them, differ at most in title, description, source and figure."""
     return one == other or (_settings(one) is not None and _settings(one) == _settings(other))
 
 
-def _settings(text: str) -> Any:
-    """A study's tree without what is told and drawn of it; None if the text is no study."""
+def _settings(text: str) -> str | None:
+    """A study without what is told and drawn of it, in its own order, which counts; None if the text is no study."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError:
         return None
-    return {k: v for k, v in tree.items() if k == "name" or k not in _BESIDE} if isinstance(tree, dict) else None
+    if not isinstance(tree, dict):
+        return None
+    return str(yaml.safe_dump({k: v for k, v in tree.items() if k == "name" or k not in _BESIDE}, sort_keys=False))
 
 
 def as_yaml(study: BaseModel | Sequence[Any]) -> str:
