@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import yaml
 
-from perennial.streams import REGISTRY
+from perennial.streams import REGISTRY, Stream
 
 RESULTS = {
     "part": pl.String,
@@ -77,7 +77,7 @@ class Part:
     def task_steps(self) -> int | None:
         """Steps of a task; None where the stream has no tasks, or does not know them without data that is absent."""
         settings = {name: value for name, value in self.stream.items() if name != "name"}
-        kind = next((kind for kind in REGISTRY if kind.name == self.stream["name"]), None)
+        kind = _kind(self.stream["name"])
         try:
             return kind(**settings).task_length() if kind is not None else None
         except (TypeError, ValueError, FileNotFoundError):
@@ -215,7 +215,11 @@ def _figure(figure: dict[str, Any] | None) -> MainFigure | None:
 
 def _usual_batch(stream: str) -> int:
     """Examples a step of a stream that does not say: its default, 1 if it is not known here."""
-    return next((int(getattr(kind, "batch_size", 1)) for kind in REGISTRY if kind.name == stream), 1)
+    return int(getattr(_kind(stream), "batch_size", 1))
+
+
+def _kind(stream: str) -> type[Stream] | None:
+    return next((kind for kind in REGISTRY if kind.name == stream), None)
 
 
 def _method(key: str, method: dict[str, Any]) -> Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import polars as pl
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from perennial.report.figures import LABEL, WIDE, Line, draw_line, heading, line_of, spoken, vertical
 from perennial.report.load import Panel, Part, Run
-from perennial.report.looks import KNOWN, Look, other
+from perennial.report.looks import Look, other
 from perennial.report.series import LOSS, Series, measure, series_of, swept
 from perennial.report.svg import Drawing, drawing_style, render
 from perennial.report.tables import Tables, method_of
@@ -106,6 +106,7 @@ def draw_main(run: Run, frame: pl.DataFrame, looks: Mapping[str, Look]) -> Drawi
     foot = _ROW * math.ceil(len(names[0]) / columns) + 12 if shared else 6.0
     height = _TOP + sum(steps) + foot
     by_tasks = bool(_task_steps(run))
+    linear = {method.key for part in run.parts for method in part.methods if method.linear}
     unit = {part.key: "task number" if by_tasks else so_far(part) for part in run.parts}
     with drawing_style(NAME):
         figure = Figure(figsize=(WIDE[0] / 72, height / 72), facecolor="white")
@@ -113,7 +114,7 @@ def draw_main(run: Run, frame: pl.DataFrame, looks: Mapping[str, Look]) -> Drawi
         for at, panel in enumerate(panels):
             left, top = _LEFT + (at % across) * (width + _GAP), _TOP + sum(steps[: at // across]) + _TITLE
             axes = figure.add_axes((left / WIDE[0], 1 - (top + tall) / height, width / WIDE[0], tall / height))
-            lines = _draw(axes, panel, shown, by_tasks)
+            lines = _draw(axes, panel, shown, linear, by_tasks)
             axes.set_xlabel(unit[panel.row(0, named=True)["part"]], fontsize=_SMALL, labelpad=4)
             title, metric = panel.row(0, named=True)["title"], measure(panel.row(0, named=True)["metric"])
             axes.set_title(title, fontsize=LABEL, loc="left", color="#2b2b2b")
@@ -196,13 +197,15 @@ def _looks(run: Run, known: pl.DataFrame, looks: Mapping[str, Look]) -> dict[str
     return found
 
 
-def _draw(axes: Axes, panel: pl.DataFrame, looks: Mapping[str, Look], by_tasks: bool) -> dict[str, Line]:
-    """The lines of a panel, by name."""
+def _draw(
+    axes: Axes, panel: pl.DataFrame, looks: Mapping[str, Look], linear: Collection[str], by_tasks: bool
+) -> dict[str, Line]:
+    """The lines of a panel, by name; those of the methods in ``linear`` as references."""
     found = {str(name): line_of(rows, "time") for (name,), rows in panel.group_by("line", maintain_order=True)}
     lines = {name: line for name, line in found.items() if line is not None}
     metric = panel.row(0, named=True)["metric"]
     for at, (name, line) in enumerate(lines.items()):
-        linear = looks[name].colour == KNOWN["linear"].colour
+        reference = panel.filter(line=name).get_column("method")[0] in linear
         draw_line(
             axes,
             line,
@@ -210,7 +213,7 @@ def _draw(axes: Axes, panel: pl.DataFrame, looks: Mapping[str, Look], by_tasks: 
             at,
             len(lines),
             f"panel-{panel.row(0, named=True)['panel']}-{name}",
-            reference=linear,
+            reference=reference,
         )
         axes.lines[-1].set_label(name)
         gone = line.only(line.leaves)

@@ -58,9 +58,10 @@ def write_report(directory: Path) -> Path:
     chapters = _chapters(run)
     main = tabulate_main(run, {chapter.part.key: chapter.tables for chapter in chapters})
     drawn = draw_main(run, main, look)
+    numbers = main.write_csv()
     if drawn is not None:
         write_texts(directory / "figures", {f"{drawn.name}.svg": drawn.svg})
-        write_texts(directory / "tables", {f"{drawn.name}.csv": main.write_csv()})
+        write_texts(directory / "tables", {f"{drawn.name}.csv": numbers})
     for chapter in chapters:
         drawings = _drawings(chapter, look)
         frames = _frames(chapter)
@@ -72,7 +73,7 @@ def write_report(directory: Path) -> Path:
         paragraphs=[p for p in re.split(r"\n\s*\n", run.description.strip()) if p],
         parts=shown,
         figure=drawn and {"svg": Markup(drawn.svg), "plot_share": drawn.plot_share},
-        figure_link=drawn and {"name": f"{drawn.name}.csv", "href": link(main.write_csv(), "text/csv")},
+        figure_link=drawn and {"name": f"{drawn.name}.csv", "href": link(numbers, "text/csv")},
         intervals=main.get_column("low").is_not_null().any(),
         fonts=Markup(FONTS),
         level=f"{100 * LEVEL:g}%",

@@ -21,7 +21,7 @@ class ChangingAverage(Stream):
     task of 2 and 3, and so on round the inputs, so that what was learned is in the way: not being able to learn costs.
 
     Source: Elsayed and Mahmood, ICLR 2024, the problems with changing outputs and changing inputs; their repository's
-    ``changing_average`` and ``permuted_average``, before commit 998f48b.
+    ``changing_average`` and ``permuted_average``, before commit edcbaaa.
     """
 
     name = "changing_average"
